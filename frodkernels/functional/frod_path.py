@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which association order of FRoD is cheapest, from a measured cost model.
+
+Costs are counted in GEMM multiply-adds. A multiply-add with a nonzero of S costs SPARSE_COST of them; the constants
+are ratios measured by ``python -m bench.calibrate`` (per dtype: 16-bit GEMMs are several times faster, the sparse
+product hardly at all), so they move little between machines.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PATHS = ("activation", "fold", "materialize")
+
+# GEMM multiply-adds in the time of one sparse multiply-add: (product alone, fused backward).
+SPARSE_COST = {
+    torch.float32: (3.0, 4.0),
+    torch.float64: (3.0, 4.0),
+    torch.bfloat16: (8.0, 16.0),
+    torch.float16: (8.0, 16.0),
+}
+
+# Under torch.compile the choice may not depend on the number of tokens: a branch on it would recompile as it changes.
+NOMINAL_TOKENS = 2048
+
+
+def costs(
+    T: int, m: int, n: int, nnz: int, dtype: torch.dtype, *, needs_x: bool, needs_parameters: bool
+) -> dict[str, float]:
+    """Cost of a forward, plus a backward where a gradient is needed, of each path in GEMM multiply-adds."""
+    forward, backward = SPARSE_COST[dtype]
+    sparse = nnz + n  # the diagonal is n more nonzeros
+    square, wide, build = T * n * n, T * m * n, m * n * n
+    cost = {
+        "activation": square + wide + forward * sparse * T,
+        "fold": square + wide + forward * sparse * m,
+        "materialize": build + wide + forward * sparse * m,
+    }
+    if needs_x or needs_parameters:
+        cost["activation"] += wide + backward * sparse * T + square * needs_x
+        cost["fold"] += (wide + square) * needs_x + (wide + backward * sparse * T) * needs_parameters
+        cost["materialize"] += wide * needs_x + (wide + build + backward * sparse * m) * needs_parameters
+    return cost
+
+
+def choose(x: Tensor, m: int, nnz: int, parameters_train: bool) -> str:
+    """The cheapest path for ``x`` [T, n] in the current grad mode; static under torch.compile and export."""
+    n = x.shape[1]
+    T = NOMINAL_TOKENS if torch.compiler.is_compiling() else x.shape[0]
+    grad = torch.is_grad_enabled()
+    cost = costs(
+        T, m, n, nnz, x.dtype, needs_x=grad and x.requires_grad, needs_parameters=grad and parameters_train
+    )
+    return min(cost, key=cost.__getitem__)
