@@ -23,7 +23,7 @@ TRITON_TESTS := $(shell find tests -name 'test_triton*.py' 2>/dev/null)
 .PHONY: setup demo test bench lint clean
 .DELETE_ON_ERROR:
 
-setup: $(VENV)/.native
+setup: $(VENV)/.native $(VENV)/.installed
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -38,7 +38,12 @@ $(VENV)/.deps: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.deps $(NATIVE)
-	@echo "building the native library and installing frodkernels"
+	@echo "building the native library"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.deps | $(VENV)/.native
+	@echo "installing frodkernels with its development extras"
 	$(PIP) install --no-build-isolation --editable ".[dev]"
 	@$(BIN)/python -m frodkernels --build
 	@touch $@
@@ -67,4 +72,4 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
 
 clean:
-	rm -rf build dist *.egg-info frodkernels/_C*.so .mypy_cache .ruff_cache .pytest_cache $(VENV)/.native
+	rm -rf build dist *.egg-info frodkernels/_C*.so .mypy_cache .ruff_cache .pytest_cache $(VENV)/.native $(VENV)/.installed

@@ -65,9 +65,7 @@ def native_line() -> str:
     cuda = "no CUDA kernels (no CUDA toolkit when it was built)"
     if build["cuda"] != "none":
         cuda = f"CUDA {build['cuda']} kernels for {build['cuda_targets']}"
-    return (
-        f"{_native.library_path()}, gcc-compatible {build['compiler']}, torch {build['torch_headers']} headers, {cuda}"
-    )
+    return f"{_native.library_path()}, {build['compiler']}, headers of torch {build['torch_headers']}, {cuda}"
 
 
 def driver() -> str:
