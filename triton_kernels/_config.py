@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch configurations, all in one table. Nothing is tuned at run time: a first step costs a compile, never a search.
+
+A program of the sparse-core kernels owns BLOCK_R rows and BLOCK_T tokens and reads BLOCK_S slots of each row at a time.
+The shapes below follow from three rules:
+
+* every lane moves 16 bytes in one load: BLOCK_R * BLOCK_T * itemsize = 512 bytes a warp (or a multiple of it);
+* one warp owns whole rows, so the token sums of the backward need shuffles only, neither shared memory nor barriers;
+* BLOCK_S loads in flight times the warps an SM holds cover L2 latency (about 40 KB an SM), while a short row wastes
+  few masked slots.
+
+What a configuration depends on (dtype width, number of tokens, layout of the output, vendor) is shape information only,
+so results repeat bit for bit.
+"""
+
+from typing import Any, NamedTuple
+
+
+class TileConfig(NamedTuple):
+    """Tile of one program: BLOCK_R rows x BLOCK_T tokens, BLOCK_S slots in flight."""
+
+    block_r: int
+    block_s: int
+    block_t: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, Any]:
+        """Keyword arguments of a launch. Fusing is asked for by name: Triton's default for it changes in 3.10."""
+        return {
+            "BLOCK_R": self.block_r,
+            "BLOCK_S": self.block_s,
+            "BLOCK_T": self.block_t,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# kind -> bytes per element of the gathered matrix -> tile
+TILES: dict[str, dict[int, TileConfig]] = {
+    "wide": {
+        2: TileConfig(block_r=1, block_s=4, block_t=256, num_warps=1, num_stages=1),
+        4: TileConfig(block_r=1, block_s=4, block_t=256, num_warps=1, num_stages=1),
+        8: TileConfig(block_r=1, block_s=4, block_t=128, num_warps=1, num_stages=1),
+    },
+    # a few dozen tokens: several rows share the warp
+    "short": {
+        2: TileConfig(block_r=4, block_s=4, block_t=64, num_warps=1, num_stages=1),
+        4: TileConfig(block_r=2, block_s=4, block_t=64, num_warps=1, num_stages=1),
+        8: TileConfig(block_r=1, block_s=4, block_t=64, num_warps=1, num_stages=1),
+    },
+    # decoding: latency, not width, is what costs, so more slots in flight and fewer rows a program
+    "decode": {
+        2: TileConfig(block_r=4, block_s=8, block_t=16, num_warps=1, num_stages=1),
+        4: TileConfig(block_r=4, block_s=8, block_t=16, num_warps=1, num_stages=1),
+        8: TileConfig(block_r=2, block_s=8, block_t=16, num_warps=1, num_stages=1),
+    },
+    # token-major output: 16 neighbouring rows make whole 32-byte sectors of the store
+    "token_major": {
+        2: TileConfig(block_r=16, block_s=4, block_t=64, num_warps=4, num_stages=1),
+        4: TileConfig(block_r=16, block_s=4, block_t=32, num_warps=4, num_stages=1),
+        8: TileConfig(block_r=8, block_s=4, block_t=32, num_warps=4, num_stages=1),
+    },
+}
+
+# elements of a one-dimensional pass (gathering values, adding partial sums)
+FLAT: dict[str, Any] = {"BLOCK": 512, "num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+
+# backward: a token split is one tile unless that makes more than this many splits; then programs walk several tiles
+MIN_SPLITS = 8
+MAX_SPLITS = 64
+PROGRAMS_WANTED = 8192
+
+# CUDA's limit on the slow grid dimension
+MAX_GRID_Y = 65535
+
+
+def tile_config(itemsize: int, tokens: int, token_major: bool, lanes: int = 32) -> TileConfig:
+    """The tile for matrices of `itemsize` bytes an element and `tokens` columns on warps of `lanes` lanes."""
+    if token_major:
+        kind = "token_major"
+    elif tokens > 128:
+        kind = "wide"
+    elif tokens > 16:
+        kind = "short"
+    else:
+        kind = "decode"
+    config = TILES[kind][itemsize]
+    if kind == "wide" and lanes == 64:  # AMD's wavefronts are twice as wide: keep 16 bytes a lane
+        config = config._replace(block_t=2 * config.block_t)
+    return config
+
+
+def token_splits(tiles: int, programs: int) -> tuple[int, int]:
+    """(splits, tiles of each split) for the token sums of the backward, given programs per token tile.
+
+    Many splits keep the device busy, few keep the scratch of partial sums (splits x nnz) small. Depends on shapes only.
+    """
+    wanted = min(max(-(-PROGRAMS_WANTED // max(programs, 1)), MIN_SPLITS), MAX_SPLITS)
+    per_split = -(-tiles // wanted)
+    return -(-tiles // per_split), per_split
