@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#if defined(__linux__)
+#include <unistd.h>
+#endif
+
+#include "sparse_core.h"
+
+namespace frodkernels::cpu {
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+      return "portable";
+    case Isa::kAvx2:
+      return "avx2";
+    case Isa::kAvx512:
+      return "avx512";
+  }
+  return "unknown";
+}
+
+bool isa_supported(Isa isa) {
+  switch (isa) {
+    case Isa::kPortable:
+      return true;
+    case Isa::kAvx2:
+#if defined(FRODKERNELS_HAVE_AVX2)
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+      return false;
+#endif
+    case Isa::kAvx512:
+#if defined(FRODKERNELS_HAVE_AVX512)
+      return isa_supported(Isa::kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#else
+      return false;
+#endif
+  }
+  return false;
+}
+
+static Isa best_isa() {
+  for (Isa isa : {Isa::kAvx512, Isa::kAvx2}) {
+    if (isa_supported(isa)) return isa;
+  }
+  return Isa::kPortable;
+}
+
+Isa chosen_isa() {
+  static const Isa best = best_isa();
+  const char* wanted = std::getenv("FRODKERNELS_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512}) {
+    if (std::string(wanted) != isa_name(isa)) continue;
+    if (isa_supported(isa)) return isa;
+    throw std::runtime_error(std::string("FRODKERNELS_CPU_ISA=") + wanted + " is not supported by this CPU or build");
+  }
+  throw std::runtime_error(std::string("FRODKERNELS_CPU_ISA must be portable, avx2 or avx512, got ") + wanted);
+}
+
+const Kernels& kernels(Isa isa) {
+#if defined(FRODKERNELS_HAVE_AVX512)
+  if (isa == Isa::kAvx512) return avx512::kKernels;
+#endif
+#if defined(FRODKERNELS_HAVE_AVX2)
+  if (isa == Isa::kAvx2) return avx2::kKernels;
+#endif
+  (void)isa;
+  return portable::kKernels;
+}
+
+int64_t l2_bytes() {
+#if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (size > 0) return size;
+#endif
+  return int64_t(1) << 20;
+}
+
+}  // namespace frodkernels::cpu

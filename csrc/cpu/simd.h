@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Vectors of one ISA level, and how each storage type enters and leaves them.
+//
+// Compiled once per level with -DFRODKERNELS_ISA=portable|avx2|avx512; everything lives in a namespace of that name, so
+// that no symbol is shared between objects built with different instruction sets (the linker would keep one copy, and
+// portable code could jump into AVX-512).
+//
+// A "chunk" is one vector register of tile bytes. A storage type says what a tile holds, how a chunk of it becomes
+// kVecs vectors of accumulators, and back:
+//   F32   tile float     kVecs 1
+//   F16   tile float     kVecs 1   (converted when the tile is packed)
+//   BF16  tile bf16      kVecs 2   even tokens in one vector, odd tokens in the other: two ALU ops a chunk, no shuffle
+//   F64   tile double    kVecs 1
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "scalars.h"
+
+#ifndef FRODKERNELS_ISA
+#error "compile with -DFRODKERNELS_ISA=portable, avx2 or avx512"
+#endif
+
+namespace frodkernels::cpu::FRODKERNELS_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;  // SSE2, NEON
+#endif
+constexpr int kLanes = kBytes / 4;
+
+using vf = float __attribute__((vector_size(kBytes)));
+using vd = double __attribute__((vector_size(kBytes)));
+using vu = uint32_t __attribute__((vector_size(kBytes)));
+using vi = int32_t __attribute__((vector_size(kBytes)));
+using vl = int64_t __attribute__((vector_size(kBytes)));
+
+template <typename V, typename T>
+inline V load(const T* p) {  // any alignment
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <typename V, typename T>
+inline void store(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+template <typename To, typename From>
+inline To bits(From v) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &v, sizeof(To));
+  return to;
+}
+
+// Lane patterns as compile-time vectors: mask(lane) for lane = 0, 1, ...
+template <typename Mask, typename F>
+inline Mask lanes(F f) {
+  Mask m;
+  for (int i = 0; i < int(sizeof(Mask) / sizeof(m[0])); ++i) m[i] = f(i);
+  return m;
+}
+
+// [a0 + a1, a2 + a3, ..., b0 + b1, ...]: applied log2(lanes) times to a full set of vectors, it sums each of them.
+template <typename V, typename Mask>
+inline V pair_sums(V a, V b) {
+  const Mask even = lanes<Mask>([](int i) { return 2 * i; });
+  const Mask odd = lanes<Mask>([](int i) { return 2 * i + 1; });
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+}
+
+// rows[k] -> lane k of the result is the sum of rows[k]; the tree is the same for every k.
+template <typename V, typename Mask, int kCount>
+inline V sum_each(V (&rows)[kCount]) {
+#pragma GCC unroll 8
+  for (int width = kCount; width > 1; width /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width / 2; ++i) rows[i] = pair_sums<V, Mask>(rows[2 * i], rows[2 * i + 1]);
+  }
+  return rows[0];
+}
+
+// Transpose a kLanes x kLanes block of 32-bit words held in registers.
+inline void transpose_words(vu (&r)[kLanes]) {
+#pragma GCC unroll 8
+  for (int s = 1; s < kLanes; s *= 2) {
+    const vi low = lanes<vi>([s](int l) { return l & s ? kLanes + (l ^ s) : l; });
+    const vi high = lanes<vi>([s](int l) { return l & s ? kLanes + l : (l ^ s); });
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & s) continue;
+      const vu a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
+}
+
+// float32 -> bfloat16 in the high half of each word, to nearest even; NaN stays NaN.
+inline vu round_bf16(vf x) {
+  const vu w = bits<vu>(x);
+  const vu rounded = w + 0x7fffu + ((w >> 16) & 1u);
+  const vu quiet = w | 0x00400000u;
+  const vu is_nan = bits<vu>(x != x);
+  return ((is_nan & quiet) | (~is_nan & rounded)) & 0xffff0000u;
+}
+
+inline vf halves_to_floats(const uint16_t* p) {
+#if defined(__AVX512F__)
+  return bits<vf>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__) && defined(__F16C__)
+  return bits<vf>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = half_to_float(p[i]);
+  return v;
+#endif
+}
+
+inline void floats_to_halves(vf v, uint16_t* p) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtps_ph(0xffff, bits<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bits<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = float_to_half(v[i]);
+#endif
+}
+
+struct F32 {
+  using scalar = float;  // in tensors
+  using tile = float;    // in packed tiles
+  using acc = float;
+  using Vec = vf;
+  using Mask = vi;
+  static constexpr int kVecs = 1;
+  static constexpr int kTokens = kLanes;  // a chunk's
+  static constexpr int kVecLanes = kLanes;
+  static void unpack(const tile* p, Vec* out) { out[0] = load<vf>(p); }
+  static void pack(const scalar* from, tile* to) { store(to, load<vf>(from)); }
+  static void write(const Vec* v, scalar* to) { store(to, v[0]); }
+  static vu words(const scalar* token, int64_t) { return load<vu>(token); }
+};
+
+struct F16 {
+  using scalar = uint16_t;
+  using tile = float;
+  using acc = float;
+  using Vec = vf;
+  using Mask = vi;
+  static constexpr int kVecs = 1;
+  static constexpr int kTokens = kLanes;
+  static constexpr int kVecLanes = kLanes;
+  static void unpack(const tile* p, Vec* out) { out[0] = load<vf>(p); }
+  static void pack(const scalar* from, tile* to) { store(to, halves_to_floats(from)); }
+  static void write(const Vec* v, scalar* to) { floats_to_halves(v[0], to); }
+  static vu words(const scalar* token, int64_t) { return bits<vu>(halves_to_floats(token)); }
+};
+
+struct BF16 {
+  using scalar = uint16_t;
+  using tile = uint16_t;
+  using acc = float;
+  using Vec = vf;
+  using Mask = vi;
+  static constexpr int kVecs = 2;
+  static constexpr int kTokens = 2 * kLanes;
+  static constexpr int kVecLanes = kLanes;
+  static void unpack(const tile* p, Vec* out) {
+    const vu w = load<vu>(p);
+    out[0] = bits<vf>(w << 16);
+    out[1] = bits<vf>(w & 0xffff0000u);
+  }
+  static void pack(const scalar* from, tile* to) { store(to, load<vu>(from)); }
+  static void write(const Vec* v, scalar* to) { store(to, (round_bf16(v[0]) >> 16) | round_bf16(v[1])); }
+  // Word l pairs feature l of a token (low half) with that of the next token (high half).
+  static vu words(const scalar* token, int64_t next) {
+    uint32_t w[kLanes];
+    for (int l = 0; l < kLanes; ++l) w[l] = uint32_t(token[l]) | uint32_t(token[next + l]) << 16;
+    return load<vu>(w);
+  }
+};
+
+struct F64 {
+  using scalar = double;
+  using tile = double;
+  using acc = double;
+  using Vec = vd;
+  using Mask = vl;
+  static constexpr int kVecs = 1;
+  static constexpr int kTokens = kLanes / 2;
+  static constexpr int kVecLanes = kLanes / 2;
+  static void unpack(const tile* p, Vec* out) { out[0] = load<vd>(p); }
+  static void pack(const scalar* from, tile* to) { store(to, load<vd>(from)); }
+  static void write(const Vec* v, scalar* to) { store(to, v[0]); }
+};
+
+}  // namespace frodkernels::cpu::FRODKERNELS_ISA

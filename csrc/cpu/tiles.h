@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Packed token tiles: [features][row elements], 64-byte aligned, zero-padded past the last token. Packing makes every
+// gathered row contiguous (a matrix with a power-of-two number of tokens would put all rows into a few cache sets)
+// and takes any strides; the two unit-stride layouts are vectorised.
+#pragma once
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "simd.h"
+#include "sparse_core.h"
+
+namespace frodkernels::cpu::FRODKERNELS_ISA {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// This thread's scratch, grown on demand and kept: fresh pages would cost more than the packing.
+inline char* scratch(int which, size_t bytes) {
+  thread_local std::unique_ptr<char, Free> buffer[2];
+  thread_local size_t capacity[2] = {0, 0};
+  if (capacity[which] < bytes) {
+    const size_t rounded = (bytes + 4095) / 4096 * 4096;
+    buffer[which].reset(static_cast<char*>(std::aligned_alloc(4096, rounded)));
+    capacity[which] = buffer[which] ? rounded : 0;
+    if (!buffer[which]) throw std::bad_alloc();
+  }
+  return buffer[which].get();
+}
+
+template <typename S>
+inline typename S::tile to_tile(typename S::scalar x) {
+  if constexpr (std::is_same_v<S, F16>) {
+    return half_to_float(x);
+  } else {
+    return x;
+  }
+}
+
+// One feature row with unit token stride.
+template <typename S>
+inline void pack_row(const typename S::scalar* from, int64_t count, int64_t width, typename S::tile* to) {
+  int64_t t = 0;
+  for (; t + S::kTokens <= count; t += S::kTokens) S::pack(from + t, to + t);
+  for (; t < count; ++t) to[t] = to_tile<S>(from[t]);
+  for (; t < width; ++t) to[t] = 0;
+}
+
+// kLanes features of a chunk's tokens, unit feature stride: a register transpose. 32-bit words only.
+template <typename S>
+inline void pack_block(const typename S::scalar* from, int64_t token, int64_t width, typename S::tile* to) {
+  constexpr int kStep = S::kTokens / kLanes;  // tokens in a word
+  vu r[kLanes];
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) r[l] = S::words(from + l * kStep * token, token);
+  transpose_words(r);
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) store(to + l * width, r[l]);
+}
+
+// Tokens [t0, t0 + count) of all `rows` features into to[rows][width].
+template <typename S>
+inline void pack_tile(const Features& x, int64_t rows, int64_t t0, int64_t count, int64_t width, typename S::tile* to) {
+  using scalar = typename S::scalar;
+  const scalar* data = static_cast<const scalar*>(x.data) + t0 * x.token;
+  if (x.token == 1) {
+    for (int64_t f = 0; f < rows; ++f) pack_row<S>(data + f * x.row, count, width, to + f * width);
+    return;
+  }
+  int64_t f = 0;
+  if constexpr (!std::is_same_v<S, F64>) {
+    if (x.row == 1) {
+      const int64_t whole = count / S::kTokens * S::kTokens;
+      for (; f + kLanes <= rows; f += kLanes) {
+        typename S::tile* block = to + f * width;
+        for (int64_t t = 0; t < whole; t += S::kTokens)
+          pack_block<S>(data + f + t * x.token, x.token, width, block + t);
+        for (int l = 0; l < kLanes; ++l) {
+          int64_t t = whole;
+          for (; t < count; ++t) block[l * width + t] = to_tile<S>(data[f + l + t * x.token]);
+          for (; t < width; ++t) block[l * width + t] = 0;
+        }
+      }
+    }
+  }
+  for (; f < rows; ++f) {
+    typename S::tile* row = to + f * width;
+    int64_t t = 0;
+    for (; t < count; ++t) row[t] = to_tile<S>(data[f * x.row + t * x.token]);
+    for (; t < width; ++t) row[t] = 0;
+  }
+}
+
+// Accumulators of kChunks chunks (tokens [t0, t0 + count) of feature f) to their place.
+template <typename S, int kChunks>
+inline void write_row(const typename S::Vec* acc, const Features& out, int64_t f, int64_t t0, int64_t count) {
+  using scalar = typename S::scalar;
+  scalar* to = static_cast<scalar*>(out.data) + f * out.row + t0 * out.token;
+  if (out.token == 1 && count >= kChunks * S::kTokens) {
+#pragma GCC unroll 16
+    for (int c = 0; c < kChunks; ++c) S::write(acc + c * S::kVecs, to + c * S::kTokens);
+    return;
+  }
+  scalar row[kChunks * S::kTokens];
+  for (int c = 0; c < kChunks; ++c) S::write(acc + c * S::kVecs, row + c * S::kTokens);
+  if (count > kChunks * S::kTokens) count = kChunks * S::kTokens;
+  for (int64_t t = 0; t < count; ++t) to[t * out.token] = row[t];
+}
+
+}  // namespace frodkernels::cpu::FRODKERNELS_ISA

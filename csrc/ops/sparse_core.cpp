@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// frodkernels::native_sparse_core and native_sparse_core_backward on CPU tensors: check what memory safety needs, lay
+// out scratch, run the kernels of csrc/cpu/sparse_core.h on torch's threads, reduce the partial sums in order.
+#include "../cpu/sparse_core.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <atomic>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace frodkernels::ops {
+namespace {
+
+using cpu::Scalar;
+using torch::headeronly::ScalarType;
+using torch::stable::parallel_for;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kGrain = 16384;  // entries a thread should have to be worth waking
+constexpr int64_t kSplits = 8;     // partial sums of the backward; fixed, so results never depend on the threads
+constexpr int64_t kFewTiles = 8;   // fewer tiles than this: smaller ones, for parallelism
+
+Scalar scalar_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Scalar::kF32;
+    case ScalarType::Double:
+      return Scalar::kF64;
+    case ScalarType::BFloat16:
+      return Scalar::kBF16;
+    case ScalarType::Half:
+      return Scalar::kF16;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+  }
+  return Scalar::kF32;
+}
+
+// Entry k of a storage array as an accumulator, and back.
+template <typename Acc>
+Acc read(const void* data, Scalar type, int64_t k) {
+  switch (type) {
+    case Scalar::kF32:
+      return Acc(static_cast<const float*>(data)[k]);
+    case Scalar::kF64:
+      return Acc(static_cast<const double*>(data)[k]);
+    case Scalar::kBF16:
+      return Acc(cpu::bf16_to_float(static_cast<const uint16_t*>(data)[k]));
+    case Scalar::kF16:
+      return Acc(cpu::half_to_float(static_cast<const uint16_t*>(data)[k]));
+  }
+  return Acc(0);
+}
+
+template <typename Acc>
+void write(void* data, Scalar type, int64_t k, Acc value) {
+  switch (type) {
+    case Scalar::kF32:
+      static_cast<float*>(data)[k] = float(value);
+      return;
+    case Scalar::kF64:
+      static_cast<double*>(data)[k] = double(value);
+      return;
+    case Scalar::kBF16:
+      static_cast<uint16_t*>(data)[k] = cpu::float_to_bf16(float(value));
+      return;
+    case Scalar::kF16:
+      static_cast<uint16_t*>(data)[k] = cpu::float_to_half(float(value));
+      return;
+  }
+}
+
+cpu::Features features(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)}; }
+
+void check_vector(const Tensor& t, const char* name, int64_t size) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must be a vector of ", size, " entries");
+}
+
+void check_cpu(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.device().is_cpu(), name, " must be a CPU tensor, like the features");
+}
+
+// The plan's tensors, checked as far as memory safety needs: a pattern is validated when it is made, but an op can be
+// called with anything.
+struct Slots {
+  Tensor indptr, indices, perm;
+  int64_t groups, nnz;
+
+  Slots(const Tensor& ptr, const Tensor& index, const Tensor& order)
+      : indptr(torch::stable::contiguous(ptr)),
+        indices(torch::stable::contiguous(index)),
+        perm(torch::stable::contiguous(order)),
+        groups(ptr.numel() - 1),
+        nnz(index.numel()) {
+    check_cpu(ptr, "indptr");
+    check_cpu(index, "indices");
+    check_cpu(order, "perm");
+    STD_TORCH_CHECK(ptr.scalar_type() == ScalarType::Int && ptr.dim() == 1 && groups >= 0,
+                    "indptr must be a non-empty int32 vector");
+    STD_TORCH_CHECK(index.scalar_type() == ScalarType::UInt16 || index.scalar_type() == ScalarType::Int,
+                    "indices must be uint16 or int32");
+    STD_TORCH_CHECK(order.scalar_type() == ScalarType::Int, "perm must be int32");
+    check_vector(index, "indices", nnz);
+    check_vector(order, "perm", nnz);
+    STD_TORCH_CHECK(nnz < (int64_t(1) << 31), "indices must have fewer than 2^31 entries");
+    const int32_t* p = static_cast<const int32_t*>(indptr.const_data_ptr());
+    bool good = p[0] == 0 && p[groups] == nnz;
+    for (int64_t g = 0; g < groups; ++g) good &= p[g] <= p[g + 1];
+    STD_TORCH_CHECK(good, "indptr must rise from 0 to the number of indices");
+  }
+
+  bool narrow() const { return indices.scalar_type() == ScalarType::UInt16; }
+  const int32_t* order() const { return static_cast<const int32_t*>(perm.const_data_ptr()); }
+};
+
+// Accumulation-type copies of the parameters: values in slot order.
+template <typename Acc>
+struct Parameters {
+  std::vector<Acc> values, lam;
+
+  Parameters(const Tensor& v, const OptionalTensor& l, const Slots& slots, int64_t n_in) : values(slots.nnz) {
+    check_cpu(v, "values");
+    check_vector(v, "values", slots.nnz);
+    const Tensor dense = torch::stable::contiguous(v);
+    const Scalar type = scalar_of(v, "values");
+    const void* data = dense.const_data_ptr();
+    std::atomic<bool> good{true};
+    parallel_for(0, slots.nnz, kGrain, [&](int64_t begin, int64_t end) {
+      const int32_t* order = slots.order();
+      const void* index = slots.indices.const_data_ptr();
+      bool fine = true;
+      for (int64_t p = begin; p < end; ++p) {
+        const int64_t at =
+            slots.narrow() ? static_cast<const uint16_t*>(index)[p] : static_cast<const int32_t*>(index)[p];
+        const bool inside = uint32_t(order[p]) < uint64_t(slots.nnz) && uint64_t(at) < uint64_t(n_in);
+        fine &= inside;
+        values[p] = inside ? read<Acc>(data, type, order[p]) : Acc(0);
+      }
+      if (!fine) good = false;
+    });
+    STD_TORCH_CHECK(good, "indices or perm have entries out of range");
+    if (!l.has_value()) return;
+    check_cpu(*l, "lam");
+    check_vector(*l, "lam", slots.groups);
+    STD_TORCH_CHECK(n_in == slots.groups, "lam needs a square pattern");
+    const Tensor diagonal = torch::stable::contiguous(*l);
+    const Scalar lam_type = scalar_of(*l, "lam");
+    lam.resize(slots.groups);
+    for (int64_t i = 0; i < slots.groups; ++i) lam[i] = read<Acc>(diagonal.const_data_ptr(), lam_type, i);
+  }
+
+  cpu::Plan plan(const Slots& slots) const {
+    cpu::Plan plan;
+    plan.indptr = static_cast<const int32_t*>(slots.indptr.const_data_ptr());
+    plan.indices = slots.indices.const_data_ptr();
+    plan.narrow = slots.narrow();
+    plan.values = values.data();
+    plan.lam = lam.empty() ? nullptr : lam.data();
+    plan.nnz = slots.nnz;
+    return plan;
+  }
+};
+
+cpu::Tiling tiling(Scalar type, int64_t n_in, int64_t n_out, int64_t T, bool backward) {
+  cpu::Tiling t;
+  auto tiles = [&](int lines) {
+    const int64_t tokens = cpu::tile_tokens(type, lines);
+    return (T + tokens - 1) / tokens;
+  };
+  const int64_t budget = cpu::l2_bytes() / 4 * 3;
+  while (t.lines > 1 && (n_in * 64 * t.lines > budget || tiles(t.lines) < kFewTiles)) t.lines /= 2;
+  t.tiles = tiles(t.lines);
+  t.splits = std::min(t.tiles, kSplits);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t units = backward ? t.splits : t.tiles;
+  if (units > 0 && units < threads)
+    t.blocks = std::clamp<int64_t>(threads / units, 1, std::max<int64_t>(n_out / 64, 1));
+  return t;
+}
+
+Tensor new_features(const Tensor& like, int64_t rows, int64_t T, bool token_major) {
+  if (!token_major) return torch::stable::new_empty(like, {rows, T});
+  return torch::stable::transpose(torch::stable::new_empty(like, {T, rows}), 0, 1);
+}
+
+void check_features(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be [features, T]");
+  check_cpu(t, name);
+}
+
+bool wants_double(const Tensor& x, const Tensor& values) {
+  return values.scalar_type() == ScalarType::Double && x.scalar_type() != ScalarType::Double;
+}
+
+template <typename Acc>
+Tensor run_forward(const Tensor& z, const OptionalTensor& lam, const Tensor& values, const Slots& slots,
+                   bool token_major) {
+  const int64_t n_in = z.size(0), T = z.size(1);
+  const Parameters<Acc> parameters(values, lam, slots, n_in);
+  Tensor out = new_features(z, slots.groups, T, token_major);
+  if (out.numel() == 0) return out;
+  cpu::Product a;
+  a.type = scalar_of(z, "z");
+  a.n_in = n_in;
+  a.n_out = slots.groups;
+  a.T = T;
+  a.plan = parameters.plan(slots);
+  a.tiling = tiling(a.type, n_in, a.n_out, T, false);
+  a.in = features(z);
+  a.out = features(out);
+  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa());
+  parallel_for(0, a.tiling.tiles * a.tiling.blocks, 1,
+               [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
+  return out;
+}
+
+// to[order[p]] = sum over splits of partial[split][p], in order.
+template <typename Acc>
+void reduce(const std::vector<Acc>& partial, int64_t splits, const int32_t* order, Tensor& to, const char* name) {
+  const int64_t size = to.numel();
+  const Scalar type = scalar_of(to, name);
+  void* data = to.mutable_data_ptr();
+  parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) {
+      Acc sum = 0;
+      for (int64_t s = 0; s < splits; ++s) sum += partial[s * size + p];
+      write<Acc>(data, type, order == nullptr ? p : order[p], sum);
+    }
+  });
+}
+
+template <typename Acc>
+std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& u, const Tensor& z, const OptionalTensor& lam,
+                                                const Tensor& values, const Slots& slots,
+                                                const std::vector<bool>& needs, bool token_major) {
+  const int64_t n_in = u.size(0), n_out = slots.groups, T = u.size(1);
+  const bool has_lam = lam.has_value();
+  const Parameters<Acc> parameters(values, lam, slots, n_in);
+  Tensor dz = needs[0] ? new_features(u, n_out, T, token_major) : torch::stable::new_empty(u, {0});
+  Tensor dlam = has_lam
+                    ? torch::stable::new_empty(*lam, {needs[1] ? n_out : 0})
+                    : torch::stable::new_empty(values, {0}, sizeof(Acc) == 8 ? ScalarType::Double : ScalarType::Float);
+  Tensor dvalues = torch::stable::new_empty(values, {needs[2] ? slots.nnz : 0});
+  cpu::Product a;
+  a.type = scalar_of(u, "u");
+  a.n_in = n_in;
+  a.n_out = n_out;
+  a.T = T;
+  a.plan = parameters.plan(slots);
+  a.tiling = tiling(a.type, n_in, n_out, T, true);
+  a.in = features(u);
+  a.z = features(z);
+  if (dz.numel() > 0) a.out = features(dz);
+  std::vector<Acc> partial_values(dvalues.numel() * a.tiling.splits), partial_lam(dlam.numel() * a.tiling.splits);
+  if (!partial_values.empty()) a.partial_values = partial_values.data();
+  if (!partial_lam.empty()) a.partial_lam = partial_lam.data();
+  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa());
+  parallel_for(0, a.tiling.splits * a.tiling.blocks, 1,
+               [&](int64_t begin, int64_t end) { kernels.backward(a, begin, end); });
+  reduce(partial_values, a.tiling.splits, slots.order(), dvalues, "values");
+  reduce(partial_lam, a.tiling.splits, nullptr, dlam, "lam");
+  return {dz, dlam, dvalues};
+}
+
+Tensor sparse_core(const Tensor& z, const OptionalTensor& lam, const Tensor& values, const Tensor& indptr,
+                   const Tensor& indices, const Tensor& perm, bool token_major) {
+  check_features(z, "z");
+  if (wants_double(z, values)) {
+    const Tensor wide =
+        sparse_core(torch::stable::to(z, ScalarType::Double), lam, values, indptr, indices, perm, token_major);
+    return torch::stable::to(wide, z.scalar_type());
+  }
+  const Slots slots(indptr, indices, perm);
+  return z.scalar_type() == ScalarType::Double ? run_forward<double>(z, lam, values, slots, token_major)
+                                               : run_forward<float>(z, lam, values, slots, token_major);
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_core_backward(const Tensor& u, const Tensor& z, const OptionalTensor& lam,
+                                                        const Tensor& values, const Tensor& indptr,
+                                                        const Tensor& indices, const Tensor& perm,
+                                                        std::vector<bool> needs, bool token_major) {
+  check_features(u, "u");
+  check_features(z, "z");
+  STD_TORCH_CHECK(u.scalar_type() == z.scalar_type(), "u and z must share a dtype");
+  STD_TORCH_CHECK(u.size(1) == z.size(1), "u and z must hold equally many tokens");
+  STD_TORCH_CHECK(needs.size() == 3, "needs must be 3 bools");
+  if (wants_double(u, values)) {
+    auto [dz, dlam, dvalues] =
+        sparse_core_backward(torch::stable::to(u, ScalarType::Double), torch::stable::to(z, ScalarType::Double), lam,
+                             values, indptr, indices, perm, needs, token_major);
+    return {torch::stable::to(dz, u.scalar_type()), dlam, dvalues};
+  }
+  const Slots slots(indptr, indices, perm);
+  STD_TORCH_CHECK(z.size(0) == slots.groups, "z must have one row per group of the plan");
+  return u.scalar_type() == ScalarType::Double ? run_backward<double>(u, z, lam, values, slots, needs, token_major)
+                                               : run_backward<float>(u, z, lam, values, slots, needs, token_major);
+}
+
+std::string cpu_isa() { return cpu::isa_name(cpu::chosen_isa()); }
+
+}  // namespace
+}  // namespace frodkernels::ops
+
+STABLE_TORCH_LIBRARY_FRAGMENT(frodkernels, m) {
+  m.def("native_cpu_isa() -> str");
+  m.def(
+      "native_sparse_core(Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, Tensor perm, "
+      "bool token_major=False) -> Tensor");
+  m.def(
+      "native_sparse_core_backward(Tensor u, Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, "
+      "Tensor perm, bool[3] needs, bool token_major=False) -> (Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frodkernels, CompositeExplicitAutograd, m) {
+  m.impl("native_cpu_isa", TORCH_BOX(&frodkernels::ops::cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(frodkernels, CPU, m) {
+  m.impl("native_sparse_core", TORCH_BOX(&frodkernels::ops::sparse_core));
+  m.impl("native_sparse_core_backward", TORCH_BOX(&frodkernels::ops::sparse_core_backward));
+}
