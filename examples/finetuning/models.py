@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building the model of each method: transformers loads it, PEFT adapts it, frodkernels accelerates it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from peft import FrodConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from frodkernels.peft import accelerate, param_groups
+
+from .data import Texts
+from .settings import FRODKERNELS, LORA, DemoError, Settings
+
+
+@dataclass
+class Adapted:
+    """A model with its adapter, and how long the adapter took to make."""
+
+    model: PeftModel
+    init_s: float
+    trainable: int
+    note: str
+
+
+def quiet() -> None:
+    """Keep transformers' loading bars and its note about the new classifier out of the demo's output.
+
+    So too its own deprecation warning, and torch's note that the sparse products plain PEFT calls are a beta feature.
+    """
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*[Ss]parse.*beta.*", category=UserWarning)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def load_base(settings: Settings, classes: list[str]) -> PreTrainedModel:
+    """The pretrained model with a fresh classifier. The seed makes that classifier the same for every method."""
+    torch.manual_seed(settings.seed)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        settings.model, num_labels=len(classes), dtype=getattr(torch, settings.dtype), local_files_only=True
+    )
+    return model.to(settings.device)
+
+
+def target_modules(settings: Settings) -> str | list[str] | None:
+    """`--targets` as PEFT takes it: None is PEFT's own default for the model's architecture."""
+    if settings.targets == "default":
+        return None
+    if settings.targets == "all-linear":
+        return "all-linear"
+    return [name.strip() for name in settings.targets.split(",")]
+
+
+def adapt(base: PreTrainedModel, method: str, settings: Settings) -> Adapted:
+    """Put the method's adapter on a base model. PEFT trains the new classifier with it, for every method."""
+    targets = target_modules(settings)
+    start = time.perf_counter()
+    if method == LORA:
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=targets
+        )
+    else:
+        config = FrodConfig(
+            task_type=TaskType.SEQ_CLS, target_modules=targets, sparse_rate=settings.sparse_rate, progressbar=False
+        )
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:
+        raise DemoError(f"--targets {settings.targets}: {error}") from error
+    note = "plain PEFT"
+    if method == FRODKERNELS:
+        report = accelerate(model)
+        # Comparing PEFT with itself would look like perfect agreement: refuse.
+        if not report.swapped:
+            raise DemoError(f"frodkernels swapped no layer: {report}")
+        note = str(report)
+    seconds = time.perf_counter() - start
+    return Adapted(model, seconds, sum(p.numel() for p in model.parameters() if p.requires_grad), note)
+
+
+def make_optimizer(model: PeftModel, method: str, settings: Settings) -> tuple[Optimizer, LambdaLR]:
+    """AdamW with the method's own rates, and a linear warm-up and decay."""
+    if method == LORA:
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups: Any = [
+            {"params": [p for name, p in named if "lora_" in name], "lr": settings.lora_lr},
+            {"params": [p for name, p in named if "lora_" not in name], "lr": settings.head_lr},
+        ]
+    else:
+        groups = param_groups(model, settings.head_lr, lambda_lr=settings.lambda_lr, values_lr=settings.values_lr)
+    optimizer = AdamW(groups, weight_decay=0.0)
+    warmup, steps = settings.warmup_steps, settings.steps
+
+    def scale(step: int) -> float:
+        return min((step + 1) / (warmup + 1), max(steps - step, 1) / max(steps - warmup, 1), 1.0)
+
+    return optimizer, LambdaLR(optimizer, scale)
+
+
+def make_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, from the same local folder."""
+    return AutoTokenizer.from_pretrained(settings.model, local_files_only=True)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Texts, settings: Settings) -> dict[str, Tensor]:
+    """A batch as tensors on the device, padded to its longest text and cut at `--sequence-length` tokens."""
+    encoded = tokenizer(
+        texts.texts, padding=True, truncation=True, max_length=settings.sequence_length, return_tensors="pt"
+    )
+    batch = {**encoded, "labels": torch.tensor(texts.labels)}
+    return {name: tensor.to(settings.device) for name, tensor in batch.items()}

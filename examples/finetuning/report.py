@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the workers' numbers to the summary, the table and the plot."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .settings import FRODKERNELS, LORA, PEFT_FROD, Settings
+
+NAMES = {LORA: "LoRA", PEFT_FROD: "FRoD, plain PEFT", FRODKERNELS: "FRoD, frodkernels"}
+COLOURS = {LORA: "#7f7f7f", PEFT_FROD: "#d95f02", FRODKERNELS: "#1b6ca8"}
+
+REPORT_WIDTH = 110
+
+Summary = dict[str, Any]
+
+
+def summarise(settings: Settings, results: dict[str, dict[str, Any]], timing: dict[str, Any] | None) -> Summary:
+    """One JSON-able record of the run: settings, machine, one row per method, the curves, and their agreement."""
+    rows = {method: _row(method, result, timing) for method, result in results.items()}
+    summary: Summary = {
+        "settings": settings.to_json(),
+        "machine": machine(),
+        "rows": rows,
+        "timing": timing,
+        "majority_share": next(iter(results.values()))["majority_share"],
+        "runs": results,
+        "agreement": None,
+    }
+    if PEFT_FROD in results and FRODKERNELS in results:
+        pairs = zip(results[PEFT_FROD]["losses"], results[FRODKERNELS]["losses"], strict=True)
+        difference = [abs(a - b) for a, b in pairs]
+        summary["agreement"] = {
+            "loss_difference": difference,
+            "max_loss_difference": max(difference),
+            "accuracy_difference": abs(results[PEFT_FROD]["accuracy"] - results[FRODKERNELS]["accuracy"]),
+        }
+    return summary
+
+
+def _row(method: str, result: dict[str, Any], timing: dict[str, Any] | None) -> dict[str, Any]:
+    """The table's numbers for one method. Times come from the turns where they were taken."""
+    step_ms = timing["step_ms"][method] if timing else result["step_ms"]
+    eval_ms = timing["eval_batch_ms"][method] if timing else result["eval_batch_ms"]
+    return {
+        "init_s": result["init_s"],
+        "step_ms": statistics.median(step_ms),
+        "step_ratio": timing["step_ratio"][method] if timing else None,
+        "eval_s": sum(eval_ms) / 1e3,
+        "eval_ratio": timing["eval_ratio"][method] if timing else None,
+        "peak_memory_mb": result["peak_memory_mb"],
+        "peak_above_base_mb": result["peak_above_base_mb"],
+        "trainable_parameters": result["trainable_parameters"],
+        "accuracy": result["accuracy"],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    versions = {}
+    for package in ("torch", "peft", "transformers", "frodkernels"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    return {"cpu": name, "cores": os.cpu_count(), "python": platform.python_version(), "versions": versions}
+
+
+def print_table(summary: Summary, console: Console | None = None) -> None:
+    """The table, and below it what a reader needs to trust it."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(width=REPORT_WIDTH)  # a log file has no width to fit
+    timing = summary["timing"]
+    against = f"× {NAMES[timing['ratios_to']]}" if timing else None
+    settings = summary["settings"]
+    title = (
+        f"{settings['steps']} steps of {settings['batch_size']} texts, up to {settings['sequence_length']} tokens, "
+        f"{settings['dtype']}, {settings['device']}"
+    )
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method")
+    headings = ["init s", "step ms", against, "eval s", against, "peak MB", "above base MB", "trainable", "accuracy"]
+    for heading in headings:
+        if heading is not None:
+            table.add_column(heading, justify="right")
+    for method, row in summary["rows"].items():
+        cells = [
+            f"{row['init_s']:.2f}",
+            f"{row['step_ms']:.0f}",
+            f"{row['step_ratio']:.2f}" if timing else None,
+            f"{row['eval_s']:.2f}",
+            f"{row['eval_ratio']:.2f}" if timing else None,
+            f"{row['peak_memory_mb']:.0f}",
+            f"{row['peak_above_base_mb']:.0f}",
+            f"{row['trainable_parameters']:,}",
+            f"{100 * row['accuracy']:.1f} %",
+        ]
+        table.add_row(NAMES[method], *(cell for cell in cells if cell is not None))
+    console.print(table)
+    console.print(f"always answering the most frequent class: {100 * summary['majority_share']:.1f} %", highlight=False)
+    agreement = summary["agreement"]
+    if agreement:
+        console.print(
+            f"largest difference between the two FRoD loss curves: {agreement['max_loss_difference']:.2e}",
+            highlight=False,
+        )
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """Loss curves over their difference, and the times, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    agreement = summary["agreement"]
+    figure = pyplot.figure(figsize=(12, 5.2), layout="constrained")
+    grid = figure.add_gridspec(2, 3, height_ratios=[3, 1], width_ratios=[2, 1, 1])
+    curves = figure.add_subplot(grid[0, 0] if agreement else grid[:, 0])
+    _plot_losses(curves, summary)
+    if agreement:
+        below = figure.add_subplot(grid[1, 0], sharex=curves)
+        steps = range(1, len(agreement["loss_difference"]) + 1)
+        # A difference of exactly zero has no place on a log axis; 1e-9 lies below anything float32 can show.
+        below.semilogy(steps, [max(value, 1e-9) for value in agreement["loss_difference"]], color="black", lw=1)
+        below.set_ylabel("|PEFT − ours|")
+        below.set_xlabel("training step")
+        below.grid(alpha=0.3)
+        curves.tick_params(labelbottom=False)
+    else:
+        curves.set_xlabel("training step")
+    _plot_bars(figure.add_subplot(grid[:, 1]), summary, "step_ms", "step_ratio", "training step, ms")
+    _plot_bars(figure.add_subplot(grid[:, 2]), summary, "eval_s", "eval_ratio", "evaluation, s")
+    settings, where = summary["settings"], summary["machine"]
+    figure.suptitle(
+        f"{Path(settings['model']).parent.name}/{Path(settings['model']).name}, {settings['dtype']}, "
+        f"{settings['device']} ({where['cpu']}, {where['cores']} cores)",
+        fontsize=10,
+    )
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+
+
+def _plot_losses(axes: Any, summary: Summary) -> None:
+    # PEFT's curve is drawn broad and ours thin and dashed on top, so that both show where they coincide.
+    styles: dict[str, dict[str, Any]] = {
+        LORA: {"lw": 1.5},
+        PEFT_FROD: {"lw": 5, "alpha": 0.55},
+        FRODKERNELS: {"lw": 1.5, "ls": "--"},
+    }
+    for method, result in summary["runs"].items():
+        steps = range(1, len(result["losses"]) + 1)
+        axes.plot(steps, result["losses"], label=NAMES[method], color=COLOURS[method], **styles[method])
+    axes.set_ylabel("training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _plot_bars(axes: Any, summary: Summary, value: str, ratio: str, title: str) -> None:
+    rows = summary["rows"]
+    heights = [row[value] for row in rows.values()]
+    bars = axes.bar([NAMES[method].replace(", ", ",\n") for method in rows], heights)
+    for bar, method in zip(bars, rows, strict=True):
+        bar.set_color(COLOURS[method])
+        times = f"\n{rows[method][ratio]:.2f}×" if rows[method][ratio] is not None else ""
+        text = f"{rows[method][value]:.3g}{times}"
+        axes.annotate(text, (bar.get_x() + bar.get_width() / 2, bar.get_height()), ha="center", va="bottom")
+    axes.set_ylim(0, 1.18 * max(heights))
+    axes.set_title(title, fontsize=10)
