@@ -5,7 +5,7 @@ Everything a user needs is named here; ``python -m frodkernels`` says what is in
 """
 
 from frodkernels import _native, nn, ops, peft
-from frodkernels.backends import backend, backends
+from frodkernels._backends import backend, backends
 from frodkernels.functional.frod import frod_linear, frod_weight
 from frodkernels.functional.sparse_core import sparse_core
 from frodkernels.pattern import SparsePattern

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frodkernels import _ops, backends
+from frodkernels import _backends, _ops
 from frodkernels.reference.sparse_core import accumulator
 
 FORWARD = "sparse_core"
@@ -93,12 +93,12 @@ def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=
 
 
 def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False):  # type: ignore[no-untyped-def]
-    run = backends.implementation(FORWARD, z.device.type)
+    run = _backends.implementation(FORWARD, z.device.type)
     return run(z, lam, values, indptr, indices, perm, token_major)
 
 
 def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_major=False):  # type: ignore[no-untyped-def]
-    run = backends.implementation(BACKWARD, u.device.type)
+    run = _backends.implementation(BACKWARD, u.device.type)
     return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
 
 
