@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The dense weight of a frozen-factor layer, kept between two changes of its parameters.
+
+In evaluation ``W = U (S + diag lam) V^T`` changes only when a parameter does, so a layer that holds W serves a decode
+step at the price of one linear layer. A stale W is a silently wrong answer, so validity is proved on every call:
+
+* CPU: copies of lam and values are compared bit for bit with the parameters (n + nnz numbers). Version counters alone
+  would miss ``p.data.copy_()``, which is how averaged weights are written.
+* CUDA: the parameters are the same tensors at the same address with the same version counter; comparing bits there
+  would wait for the device. Writes through ``.data`` need an explicit ``drop()``.
+* U and V, which are frozen, everywhere: same tensors, addresses and version counters.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from frodkernels.pattern import SparsePattern
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SPARE = 0.1  # of a CUDA device's memory that a cache without a limit leaves free
+
+
+def _version(tensor: Tensor) -> int:
+    """The version counter; -1 for tensors made under inference_mode, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _Identity(NamedTuple):
+    """Which tensor this was, and in which state, as far as the host can tell without reading it."""
+
+    ref: weakref.ref[Tensor]
+    version: int
+    address: int
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Identity:
+        return cls(weakref.ref(tensor), _version(tensor), tensor.data_ptr())
+
+    def holds(self, tensor: Tensor) -> bool:
+        return self.ref() is tensor and self.version == _version(tensor) and self.address == tensor.data_ptr()
+
+
+class _Bits(NamedTuple):
+    """The content of a host tensor."""
+
+    copy: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Bits:
+        return cls(tensor.detach().clone())
+
+    def holds(self, tensor: Tensor) -> bool:
+        if tensor.dtype != self.copy.dtype or tensor.shape != self.copy.shape or tensor.device != self.copy.device:
+            return False
+        bits = _BITS[tensor.element_size()]  # NaN equals itself and -0 differs from 0 this way
+        return torch.equal(tensor.detach().view(bits), self.copy.view(bits))
+
+
+class _Key(NamedTuple):
+    dtype: torch.dtype
+    pattern: SparsePattern
+    tensors: tuple[_Identity | _Bits, ...]  # lam, values, U, V
+
+    def holds(self, dtype: torch.dtype, pattern: SparsePattern, tensors: tuple[Tensor, ...]) -> bool:
+        if dtype != self.dtype or pattern is not self.pattern:
+            return False
+        # U and V first: their check is the cheap one
+        return all(mark.holds(tensor) for mark, tensor in zip(reversed(self.tensors), reversed(tensors), strict=True))
+
+
+class CacheBudget:
+    """How many bytes the caches of one model may hold together.
+
+    Args:
+        limit: bytes; 0 turns caching off; None sets no limit but what a CUDA device has free (a tenth is left alone).
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+            raise ValueError(f"limit must be a number of bytes >= 0, or None, got {limit!r}")
+        self.limit = limit
+        self._caches: weakref.WeakSet[EvalCache] = weakref.WeakSet()
+
+    @property
+    def used(self) -> int:
+        return sum(cache.nbytes for cache in self._caches)
+
+    def _admits(self, nbytes: int, device: torch.device) -> bool:
+        if self.limit is not None:
+            return self.used + nbytes <= self.limit
+        if device.type != "cuda":
+            return True
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return nbytes + _SPARE * total <= free
+
+    def __repr__(self) -> str:
+        limit = "no limit" if self.limit is None else "off" if self.limit == 0 else f"{self.limit} bytes"
+        return f"CacheBudget({limit}, {self.used} bytes used)"
+
+
+class EvalCache:
+    """One layer's dense weight. Not copied, not pickled: it belongs to the tensors it was made from.
+
+    Args:
+        budget: shared by all layers of a model; None means no limit.
+    """
+
+    __slots__ = ("__weakref__", "_key", "_weight", "budget")
+
+    def __init__(self, budget: CacheBudget | None = None) -> None:
+        self.budget = CacheBudget() if budget is None else budget
+        self.budget._caches.add(self)
+        self._key: _Key | None = None
+        self._weight: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        weight = self._weight
+        return 0 if weight is None else weight.nbytes
+
+    def drop(self) -> None:
+        """Forget the weight; the next use builds it from the parameters as they are then."""
+        self._key = self._weight = None
+
+    def get(
+        self,
+        lam: Tensor,
+        values: Tensor,
+        U: Tensor,
+        V: Tensor,
+        pattern: SparsePattern,
+        build: Callable[[], Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        tokens: int | None = None,
+    ) -> Tensor | None:
+        """The weight in ``dtype`` for these parameters, or None when this call is better served without it.
+
+        A weight is built at the second call with unchanged parameters, or at the first when it brings enough
+        tokens to pay for it (``tokens`` None or at least U's rows): a loop that takes one optimiser step per short
+        evaluation never builds one. Ask :func:`may_cache` first.
+
+        Args:
+            lam, values, U, V, pattern: what the weight is made of.
+            build: returns the weight; called without gradients, inference mode and autocast.
+            dtype: of the weight; U's when None.
+            tokens: how many rows this call multiplies by the weight.
+        """
+        if self.budget.limit == 0:
+            return None
+        dtype = U.dtype if dtype is None else dtype
+        tensors = (lam, values, U, V)
+        key, weight = self._key, self._weight
+        if key is not None and key.holds(dtype, pattern, tensors):
+            if weight is not None:
+                return weight
+        else:
+            self.drop()
+            mark = _Bits.of if lam.device.type == "cpu" else _Identity.of
+            with torch.inference_mode(False):
+                frozen = (_Identity.of(U), _Identity.of(V))
+                key = _Key(dtype, pattern, (mark(lam), mark(values), *frozen))
+            self._key = key
+            if tokens is not None and tokens < U.shape[0]:
+                return None
+        if not self.budget._admits(U.shape[0] * V.shape[0] * dtype.itemsize, U.device):
+            return None
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(U.device.type, enabled=False):
+            weight = build().to(dtype)
+        self._weight = weight
+        return weight
+
+    def __deepcopy__(self, memo: dict) -> EvalCache:
+        return EvalCache(self.budget)
+
+    def __reduce__(self) -> tuple:
+        return EvalCache, ()
+
+
+def _in_transform() -> bool:
+    """Inside torch.func (vmap, grad, jvp, ...) or forward-mode differentiation."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def may_cache(x: Tensor, lam: Tensor, values: Tensor) -> bool:
+    """Whether a call may be served from a cached weight at all.
+
+    Not while a gradient is wanted, a graph is compiled, exported, traced or captured (it would hold a weight that
+    the parameters have left behind), a function transform is active, or a tensor is not a plain one.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_transform():
+        return False
+    tensors = (x, lam, values)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    if any(type(t) not in (Tensor, torch.nn.Parameter) or t.device != x.device for t in tensors):
+        return False
+    if x.device.type == "cuda":
+        # without a version counter a change cannot be seen from the host
+        return not (lam.is_inference() or values.is_inference() or torch.cuda.is_current_stream_capturing())
+    return x.device.type == "cpu"

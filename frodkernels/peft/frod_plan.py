@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the index buffers of a PEFT FRoD layer to a checked SparsePattern, made once per module category.
+
+Index buffers come from adapter files, which nothing else checks: everything a kernel will rely on is checked here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from frodkernels.pattern import SparsePattern
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def version(tensor: Tensor) -> int:
+    """The version counter; -1 for tensors made under inference_mode, which have none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The pattern of one adapter of one layer, and the index buffer (in which state) it was made from."""
+
+    indices: Tensor
+    version: int
+    pattern: SparsePattern
+
+    def current(self, indices: Tensor) -> bool:
+        return self.indices is indices and self.version == version(indices)
+
+
+# index buffer -> (its version, its pattern): all layers of a category hold the same buffer, so they share the plan
+_PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _integers(tensor: object) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and tensor.dtype != torch.bool
+        and not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
+    )
+
+
+def check_size(size: Tensor, n: int, where: str) -> None:
+    """``size`` [2] says n x n."""
+    if not _integers(size) or size.dim() != 1 or size.numel() != 2:
+        raise ValueError(f"{where} must hold two integers, got {list(size.shape)} of {size.dtype}")
+    got = tuple(size.tolist())
+    if got != (n, n):
+        raise ValueError(f"{where} says S is {got[0]} x {got[1]}, but V is {n} x {n}")
+
+
+def check_indices(indices: Tensor, n: int, where: str) -> SparsePattern:
+    """The pattern of ``indices`` [2, nnz] in an n x n matrix; every entry checked."""
+    try:
+        return SparsePattern.from_coo(indices, (n, n))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_floats(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
+    """A floating-point tensor of exactly ``shape``."""
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{where} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
+    if tensor.shape != shape:
+        raise ValueError(f"{where} must have shape {list(shape)}, got {list(tensor.shape)}")
+
+
+def plan_adapter(layer: Any, adapter: str, name: str) -> Plan:
+    """Check every tensor of ``adapter`` in PEFT's FRoD ``layer`` and plan its pattern. Changes nothing.
+
+    Args:
+        layer: a ``peft.tuners.frod.layer.Linear``.
+        adapter: one of its adapters.
+        name: the layer's path, for messages.
+
+    Raises:
+        ValueError: a tensor is missing, misshapen, of a wrong dtype, or holds bad indices; names tensor and layer.
+    """
+
+    def where(tensor: str) -> str:
+        return f"{tensor} of layer '{name}', adapter '{adapter}'"
+
+    for attribute in ("frod_V", "frod_s_indices", "frod_s_size", "frod_U", "frod_lambda_l"):
+        store = getattr(layer, attribute)
+        if store is None or adapter not in store:
+            raise ValueError(f"{where(attribute)} is missing")
+    n, m = layer.in_features, layer.out_features
+    check_floats(layer.frod_V[adapter], (n, n), where("frod_V"))
+    check_floats(layer.frod_U[adapter], (m, n), where("frod_U"))
+    check_floats(layer.frod_lambda_l[adapter], (n,), where("frod_lambda_l"))
+    check_size(layer.frod_s_size[adapter], n, where("frod_s_size"))
+    indices = layer.frod_s_indices[adapter]
+    known = _PLANS.get(indices)
+    if known is not None and known[0] == version(indices) and known[1].shape == (n, n):
+        pattern = known[1]
+    else:
+        pattern = check_indices(indices, n, where("frod_s_indices"))
+        _PLANS[indices] = (version(indices), pattern)
+    check_floats(layer.frod_lambda_s_values[adapter], (pattern.nnz,), where("frod_lambda_s_values"))
+    return Plan(indices, version(indices), pattern)
