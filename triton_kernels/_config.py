@@ -46,7 +46,7 @@ TILES: dict[str, dict[int, TileConfig]] = {
     },
     # a few dozen tokens: several rows share the warp
     "short": {
-        2: TileConfig(block_r=4, block_s=4, block_t=64, num_warps=1, num_stages=1),
+        2: TileConfig(block_r=2, block_s=4, block_t=64, num_warps=1, num_stages=1),
         4: TileConfig(block_r=2, block_s=4, block_t=64, num_warps=1, num_stages=1),
         8: TileConfig(block_r=1, block_s=4, block_t=64, num_warps=1, num_stages=1),
     },
@@ -58,9 +58,9 @@ TILES: dict[str, dict[int, TileConfig]] = {
     },
     # token-major output: 16 neighbouring rows make whole 32-byte sectors of the store
     "token_major": {
-        2: TileConfig(block_r=16, block_s=4, block_t=64, num_warps=4, num_stages=1),
+        2: TileConfig(block_r=16, block_s=4, block_t=32, num_warps=4, num_stages=1),
         4: TileConfig(block_r=16, block_s=4, block_t=32, num_warps=4, num_stages=1),
-        8: TileConfig(block_r=8, block_s=4, block_t=32, num_warps=4, num_stages=1),
+        8: TileConfig(block_r=8, block_s=2, block_t=32, num_warps=4, num_stages=1),
     },
 }
 
