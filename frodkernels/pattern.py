@@ -29,6 +29,8 @@ class Compressed(NamedTuple):
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, int]:
     if isinstance(shape, Tensor):
+        if shape.is_meta:
+            raise ValueError("shape is a meta tensor: a pattern needs its data")
         shape = shape.tolist()
     try:
         sizes = tuple(shape)
@@ -48,6 +50,8 @@ def _check_index(index: Tensor, name: str, size: int) -> Tensor:
     """``index`` as a private int64 copy, or a ValueError that names the first bad entry."""
     if not isinstance(index, Tensor):
         raise ValueError(f"{name} must be a 1-D integer tensor, got {type(index).__name__}")
+    if index.is_nested:  # has no sizes to report
+        raise ValueError(f"{name} must be a dense 1-D tensor, got a nested one")
     if index.dtype == torch.bool or index.is_floating_point() or index.is_complex() or index.is_quantized:
         raise ValueError(f"{name} must hold integers, got dtype {index.dtype}")
     if index.dim() != 1:
@@ -188,6 +192,8 @@ class SparsePattern:
 
     def to(self, device: torch.device | str | int) -> SparsePattern:
         """The same pattern on ``device``. Made once per device and remembered, so every layer shares one copy."""
+        if device == self.device:
+            return self
         device = torch.empty(0, device=device).device  # "cuda" -> the current CUDA device, with its index
         if device == self.device:
             return self

@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,6 +18,8 @@ def check_tensor(tensor: object, name: str, device: torch.device | None = None) 
     """A dense floating-point tensor on ``device``; ValueError names the argument."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got {'nested' if tensor.is_nested else tensor.layout}")
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
     if device is not None and tensor.device != device:
@@ -31,6 +37,24 @@ def check_pattern(pattern: object, shape: tuple[int, int] | None = None) -> None
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype autocast runs GEMMs in on x's device, or None outside autocast (and for float64, as in torch)."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a Function's ``forward(ctx, tensor, ...)`` or ``backward(ctx, grad)`` in the dtypes it was given.
+
+    The public functions cast before the Function. Autocast inside it would cast again, some operands only: a backward
+    called in an autocast region for a forward that was outside of it would mix dtypes.
+    """
+
+    @functools.wraps(method)
+    def run(ctx: Any, first: Tensor, *rest: Any) -> Any:
+        device = first.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return method(ctx, first, *rest)
+        with torch.autocast(device, enabled=False):
+            return method(ctx, first, *rest)
+
+    return run

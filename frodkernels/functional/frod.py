@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from frodkernels.functional._common import autocast_dtype, check_pattern, check_tensor
+from frodkernels.functional._common import autocast_dtype, check_pattern, check_tensor, without_autocast
 from frodkernels.functional.frod_path import PATHS, choose
 from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
@@ -43,6 +43,7 @@ class FrodActivation(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
     ) -> Tensor:
@@ -53,6 +54,7 @@ class FrodActivation(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
         z, U, V, lam, values, *csc = ctx.saved_tensors
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
@@ -73,6 +75,7 @@ class FrodFold(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
     ) -> Tensor:
@@ -83,6 +86,7 @@ class FrodFold(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
         z, folded, U, V, lam, values, *csc = ctx.saved_tensors
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
@@ -102,6 +106,7 @@ class FrodMaterialize(torch.autograd.Function):
     """
 
     @staticmethod
+    @without_autocast
     def forward(
         ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
     ) -> Tensor:
@@ -111,6 +116,7 @@ class FrodMaterialize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
         x, W, U, V, lam, values, *csc = ctx.saved_tensors
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
@@ -141,12 +147,14 @@ class FrodWeight(torch.autograd.Function):
     """W = U (S + D) V^T, with the parameter gradients of FrodMaterialize for G = dL/dW."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx: Any, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, *plan: Tensor) -> Tensor:
         ctx.save_for_backward(U, V, lam, values, *plan[3:])
         return _dense(U, V, lam, values, plan)
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, G: Tensor) -> Grads:
         U, V, lam, values, *csc = ctx.saved_tensors
         _, _, need_lam, need_values = ctx.needs_input_grad[:4]
@@ -223,7 +231,7 @@ def frod_linear(
     dtype = autocast_dtype(x) or x.dtype
     x, U, V = x.to(dtype), U.to(dtype), V.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    flat = x.reshape(-1, n) if n else x.new_empty(x.shape[:-1].numel(), 0)
+    flat = x.reshape(-1 if n else x.shape[:-1].numel(), n)
     if path == "auto":
         path = choose(flat, m, pattern.nnz, lam.requires_grad or values.requires_grad)
     pattern = pattern.to(x.device)
