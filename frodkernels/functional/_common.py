@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.pattern import SparsePattern
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def check_tensor(tensor: object, name: str, device: torch.device | None = None) -> None:
@@ -42,7 +44,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
+def without_autocast(method: Method) -> Method:
     """Run a Function's ``forward(ctx, tensor, ...)`` or ``backward(ctx, grad)`` in the dtypes it was given.
 
     The public functions cast before the Function. Autocast inside it would cast again, some operands only: a backward
@@ -57,4 +59,4 @@ def without_autocast(method: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(device, enabled=False):
             return method(ctx, first, *rest)
 
-    return run
+    return cast(Method, run)

@@ -61,9 +61,7 @@ class FrodActivation(torch.autograd.Function):
         g = g.to(z.dtype)
         dx = dlam = dvalues = None
         if need_x or need_lam or need_values:
-            dz, dlam, dvalues = _parameter_grads(
-                U.t() @ g.t(), z, lam, values, csc, [need_x, need_lam, need_values]
-            )
+            dz, dlam, dvalues = _parameter_grads(U.t() @ g.t(), z, lam, values, csc, [need_x, need_lam, need_values])
             dx = None if dz is None else dz.t() @ V.t()
         return dx, None, None, dlam, dvalues, g.sum(0) if need_bias else None, *(None,) * 6
 

@@ -49,9 +49,7 @@ def choose(x: Tensor, m: int, nnz: int, parameters_train: bool) -> str:
     n = x.shape[1]
     T = NOMINAL_TOKENS if torch.compiler.is_compiling() else x.shape[0]
     grad = torch.is_grad_enabled()
-    cost = costs(
-        T, m, n, nnz, x.dtype, needs_x=grad and x.requires_grad, needs_parameters=grad and parameters_train
-    )
+    cost = costs(T, m, n, nnz, x.dtype, needs_x=grad and x.requires_grad, needs_parameters=grad and parameters_train)
     best = PATHS[0]
     for path in PATHS[1:]:  # dynamo does not trace min(..., key=...)
         if cost[path] < cost[best]:

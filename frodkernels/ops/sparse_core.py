@@ -47,9 +47,7 @@ def _check_plan(indptr: Tensor, indices: Tensor, perm: Tensor) -> None:
         raise ValueError(f"perm must be int32 {list(indices.shape)}, got {perm.dtype} {list(perm.shape)}")
 
 
-def check_forward(
-    z: Tensor, lam: Tensor | None, values: Tensor, indptr: Tensor, indices: Tensor, perm: Tensor
-) -> None:
+def check_forward(z: Tensor, lam: Tensor | None, values: Tensor, indptr: Tensor, indices: Tensor, perm: Tensor) -> None:
     """The shapes and dtypes of ``sparse_core``; ValueError names the argument."""
     _check_plan(indptr, indices, perm)
     groups = indptr.shape[0] - 1
@@ -77,12 +75,12 @@ def _new_features(like: Tensor, rows: int, token_major: bool) -> Tensor:
     return like.new_empty(T, rows).t() if token_major else like.new_empty(rows, T)
 
 
-def _forward_fake(z, lam, values, indptr, indices, perm, token_major=False):  # type: ignore[no-untyped-def]
+def _forward_fake(z, lam, values, indptr, indices, perm, token_major=False):
     check_forward(z, lam, values, indptr, indices, perm)
     return _new_features(z, indptr.shape[0] - 1, token_major)
 
 
-def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=False):  # type: ignore[no-untyped-def]
+def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=False):
     check_backward(u, z, lam, values, indptr, indices, perm)
     dlam_dtype = accumulator(u, values) if lam is None else lam.dtype
     return (
@@ -92,12 +90,12 @@ def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=
     )
 
 
-def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False):  # type: ignore[no-untyped-def]
+def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False):
     run = _backends.implementation(FORWARD, z.device.type)
     return run(z, lam, values, indptr, indices, perm, token_major)
 
 
-def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_major=False):  # type: ignore[no-untyped-def]
+def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_major=False):
     run = _backends.implementation(BACKWARD, u.device.type)
     return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
 
