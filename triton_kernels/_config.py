@@ -2,15 +2,17 @@
 """Launch configurations, all in one table. Nothing is tuned at run time: a first step costs a compile, never a search.
 
 A program of the sparse-core kernels owns BLOCK_R rows and BLOCK_T tokens and reads BLOCK_S slots of each row at a time.
-The shapes below follow from three rules:
+The tiles follow from these rules:
 
-* every lane moves 16 bytes in one load: BLOCK_R * BLOCK_T * itemsize = 512 bytes a warp (or a multiple of it);
-* one warp owns whole rows, so the token sums of the backward need shuffles only, neither shared memory nor barriers;
-* BLOCK_S loads in flight times the warps an SM holds cover L2 latency (about 40 KB an SM), while a short row wastes
-  few masked slots.
+* wide: every lane gathers 16 bytes in one load (fp32: in two), and one warp owns whole rows, so that the token sums of
+  the backward are warp shuffles;
+* BLOCK_S loads in flight times the warps an SM holds cover the latency of L2 (about 40 KB an SM), while a short row
+  wastes few masked slots;
+* no configuration spills, not even where T is odd and every element has an address and a mask of its own
+  (``tests/sparse_core/test_aot_triton.py``): for that the 16-bit tiles of "short" and "token_major" stay at 8 bytes a
+  lane.
 
-What a configuration depends on (dtype width, number of tokens, layout of the output, vendor) is shape information only,
-so results repeat bit for bit.
+A choice depends on shapes, dtypes and vendor only, so results repeat bit for bit and do not depend on strides.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +39,7 @@ class TileConfig(NamedTuple):
         }
 
 
-# kind -> bytes per element of the gathered matrix -> tile
+# kind -> bytes per element of the gathered matrix (8 wherever sums are fp64) -> tile
 TILES: dict[str, dict[int, TileConfig]] = {
     "wide": {
         2: TileConfig(block_r=1, block_s=4, block_t=256, num_warps=1, num_stages=1),
@@ -54,7 +56,7 @@ TILES: dict[str, dict[int, TileConfig]] = {
     "decode": {
         2: TileConfig(block_r=4, block_s=8, block_t=16, num_warps=1, num_stages=1),
         4: TileConfig(block_r=4, block_s=8, block_t=16, num_warps=1, num_stages=1),
-        8: TileConfig(block_r=2, block_s=8, block_t=16, num_warps=1, num_stages=1),
+        8: TileConfig(block_r=2, block_s=4, block_t=16, num_warps=1, num_stages=1),
     },
     # token-major output: 16 neighbouring rows make whole 32-byte sectors of the store
     "token_major": {
@@ -77,7 +79,7 @@ MAX_GRID_Y = 65535
 
 
 def tile_config(itemsize: int, tokens: int, token_major: bool, lanes: int = 32) -> TileConfig:
-    """The tile for matrices of `itemsize` bytes an element and `tokens` columns on warps of `lanes` lanes."""
+    """The tile for `tokens` columns of `itemsize` bytes (8 where sums are fp64) on warps of `lanes` lanes."""
     if token_major:
         kind = "token_major"
     elif tokens > 128:

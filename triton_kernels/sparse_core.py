@@ -53,6 +53,9 @@ def _check(
     for name, tensor in (("values", values), ("perm", perm)):
         if tensor.shape != (nnz,):
             raise ValueError(f"{name} must be [{nnz}], got {list(tensor.shape)}")
+    for name, tensor in (("indptr", indptr), ("indices", indices), ("perm", perm)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
     if nnz > _SLOT_LIMIT:
         raise ValueError(f"indices: {nnz} entries exceed the Triton backend's limit of {_SLOT_LIMIT}")
     groups = indptr.numel() - 1
@@ -77,9 +80,10 @@ def _unit(itemsize: int, *sizes: int) -> int:
     return unit
 
 
-def _config(features: Tensor, token_major: bool) -> TileConfig:
+def _config(features: Tensor, acc: torch.dtype, token_major: bool) -> TileConfig:
+    itemsize = 8 if acc == torch.float64 else features.element_size()
     lanes = 64 if torch.version.hip is not None else 32
-    return tile_config(features.element_size(), features.shape[1], token_major, lanes)
+    return tile_config(itemsize, features.shape[1], token_major, lanes)
 
 
 def _new_features(like: Tensor, rows: int, token_major: bool) -> Tensor:
@@ -118,7 +122,7 @@ def sparse_core(
             return out.zero_()
         z = _token_rows(z)
         acc = _accumulator(z, values)
-        config = _config(z, token_major)
+        config = _config(z, acc, token_major)
         unit = _unit(z.element_size(), T, z.stride(0))
         grid = (triton.cdiv(n_out, config.block_r), min(triton.cdiv(T, config.block_t), MAX_GRID_Y))
         sparse_core_fwd_kernel[grid](
@@ -168,7 +172,7 @@ def sparse_core_backward(
         if T == 0 or not (need_dz or need_dlam or need_dvalues):
             return dz, dlam.zero_(), dvalues.zero_()
         u, z = _token_rows(u), _token_rows(z)
-        config = _config(u, token_major and need_dz)
+        config = _config(u, acc, token_major and need_dz)
         unit = _unit(max(u.element_size(), z.element_size()), T, u.stride(0), z.stride(0))
         groups = triton.cdiv(n, config.block_r)
         splits, tiles_per_split = token_splits(triton.cdiv(T, config.block_t), groups)
