@@ -113,22 +113,20 @@ class EvalCache:
         budget: shared by all layers of a model; None means no limit.
     """
 
-    __slots__ = ("__weakref__", "_key", "_weight", "budget")
+    __slots__ = ("__weakref__", "_entry", "budget")
 
     def __init__(self, budget: CacheBudget | None = None) -> None:
         self.budget = CacheBudget() if budget is None else budget
         self.budget._caches.add(self)
-        self._key: _Key | None = None
-        self._weight: Tensor | None = None
+        self._entry: tuple[_Key, Tensor] | None = None
 
     @property
     def nbytes(self) -> int:
-        weight = self._weight
-        return 0 if weight is None else weight.nbytes
+        return 0 if self._entry is None else self._entry[1].nbytes
 
     def drop(self) -> None:
         """Forget the weight; the next use builds it from the parameters as they are then."""
-        self._key = self._weight = None
+        self._entry = None
 
     def get(
         self,
@@ -140,42 +138,32 @@ class EvalCache:
         build: Callable[[], Tensor],
         *,
         dtype: torch.dtype | None = None,
-        tokens: int | None = None,
     ) -> Tensor | None:
-        """The weight in ``dtype`` for these parameters, or None when this call is better served without it.
+        """The weight in ``dtype`` for these parameters, or None when the budget has no room for it.
 
-        A weight is built at the second call with unchanged parameters, or at the first when it brings enough
-        tokens to pay for it (``tokens`` None or at least U's rows): a loop that takes one optimiser step per short
-        evaluation never builds one. Ask :func:`may_cache` first.
+        It is built at the first call already: were it built at a later one, two calls with the same input would
+        differ in the last bits. Ask :func:`may_cache` first.
 
         Args:
             lam, values, U, V, pattern: what the weight is made of.
             build: returns the weight; called without gradients, inference mode and autocast.
             dtype: of the weight; U's when None.
-            tokens: how many rows this call multiplies by the weight.
         """
         if self.budget.limit == 0:
             return None
         dtype = U.dtype if dtype is None else dtype
         tensors = (lam, values, U, V)
-        key, weight = self._key, self._weight
-        if key is not None and key.holds(dtype, pattern, tensors):
-            if weight is not None:
-                return weight
-        else:
-            self.drop()
-            mark = _Bits.of if lam.device.type == "cpu" else _Identity.of
-            with torch.inference_mode(False):
-                frozen = (_Identity.of(U), _Identity.of(V))
-                key = _Key(dtype, pattern, (mark(lam), mark(values), *frozen))
-            self._key = key
-            if tokens is not None and tokens < U.shape[0]:
-                return None
+        entry = self._entry
+        if entry is not None and entry[0].holds(dtype, pattern, tensors):
+            return entry[1]
+        self.drop()
         if not self.budget._admits(U.shape[0] * V.shape[0] * dtype.itemsize, U.device):
             return None
+        mark = _Bits.of if lam.device.type == "cpu" else _Identity.of
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(U.device.type, enabled=False):
+            key = _Key(dtype, pattern, (mark(lam), mark(values), _Identity.of(U), _Identity.of(V)))
             weight = build().to(dtype)
-        self._weight = weight
+        self._entry = key, weight  # at once: another thread sees both or neither
         return weight
 
     def __deepcopy__(self, memo: dict) -> EvalCache:

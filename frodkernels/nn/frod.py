@@ -117,7 +117,6 @@ class FrodLinear(nn.Module):
                 self.pattern,
                 lambda: self._weight(dtype),
                 dtype=dtype,
-                tokens=x.numel() // max(x.shape[-1], 1),
             )
             if weight is not None:
                 return F.linear(x.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))

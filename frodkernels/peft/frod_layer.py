@@ -157,9 +157,7 @@ class FastFrodLinear(PeftFrodLinear):
         cache = slot.caches.get(adapter)
         if cache is None:
             cache = slot.caches[adapter] = EvalCache(slot.budget)
-        tokens = h.numel() // max(h.shape[-1], 1)
-        build = lambda: frod_weight(U, V, lam, values, pattern)  # noqa: E731
-        return cache.get(lam, values, U, V, pattern, build, dtype=dtype, tokens=tokens)
+        return cache.get(lam, values, U, V, pattern, lambda: frod_weight(U, V, lam, values, pattern), dtype=dtype)
 
     # -- plans --------------------------------------------------------------------------------------------------
 

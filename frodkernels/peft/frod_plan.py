@@ -23,7 +23,7 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """The pattern of one adapter of one layer, and the index buffer (in which state) it was made from."""
 

@@ -34,7 +34,7 @@ class PreparedFrod:
         if slot is None:
             slot = Slot(budget, self.name)
             object.__setattr__(layer, "_fast", slot)
-        if slot.budget is not budget or self.replace or slot.plans != self.plans:
+        if slot.budget is not budget or self.replace:
             slot.drop_weights()
         slot.name, slot.budget, slot.plans, slot.origins = self.name, budget, self.plans, self.origins
         for adapter, U in self.replace.items():

@@ -25,12 +25,12 @@ class Block(nn.Module):
 
 
 class Tiny(nn.Module):
-    """Two residual blocks and a head: categories "up" (m > n, bias) and "down" (m < n, none)."""
+    """Residual blocks and a head: categories "up" (m > n, bias) and "down" (m < n, none)."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, blocks: int = 2) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
         self.head = nn.Linear(IN, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,7 +106,9 @@ def gpt2(seed: int = 0) -> nn.Module:
 
     torch.manual_seed(seed)
     return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        GPT2Config(
+            n_embd=32, n_layer=2, n_head=2, vocab_size=50, n_positions=16, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+        )
     )
 
 

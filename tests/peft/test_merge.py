@@ -3,11 +3,11 @@
 
 import copy
 
-import frodkernels as fk
 import pytest
 import torch
 from peft.tuners.frod.layer import Linear as PeftFrodLinear
 
+import frodkernels as fk
 from tests.peft.models import Tiny, close, config, frod, gpt2, layers, shake, twins, x
 
 

@@ -3,10 +3,10 @@
 
 import copy
 
-import frodkernels as fk
 import pytest
 import torch
 
+import frodkernels as fk
 from tests.peft.models import IN, Tiny, frod, layers, shake, x
 
 HALF = [torch.bfloat16, torch.float16]

@@ -3,13 +3,13 @@
 
 import copy
 
-import frodkernels as fk
 import pytest
 import torch
-from frodkernels.peft.frod_layer import FastFrodLinear
 from peft import PeftModel
 from torch import nn
 
+import frodkernels as fk
+from frodkernels.peft.frod_layer import FastFrodLinear
 from tests.peft.models import BERT_TARGETS, IN, bert, close, config, frod, gpt2, layers, shake, tokens, twins, x
 
 
@@ -244,6 +244,7 @@ def test_save_here_load_in_plain_peft_and_back(tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     plain.save_pretrained(tmp_path / "plain")
     from safetensors.torch import load_file
+
     from tests.peft.models import Tiny
 
     a = load_file(tmp_path / "ours" / "adapter_model.safetensors")

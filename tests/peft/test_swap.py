@@ -8,13 +8,13 @@ import pickle
 import subprocess
 import sys
 
-import frodkernels as fk
 import pytest
 import torch
-from frodkernels.peft.frod_layer import FastFrodLinear
 from peft.tuners.frod.layer import Linear as PeftFrodLinear
 from torch import nn
 
+import frodkernels as fk
+from frodkernels.peft.frod_layer import FastFrodLinear
 from tests.peft.models import Tiny, close, config, frod, layers, twins, x
 
 
