@@ -32,7 +32,7 @@ $(BIN)/python:
 $(VENV)/.deps: pyproject.toml | $(BIN)/python
 	@echo "installing dependencies into $(VENV)"
 	$(PIP) install "$(TORCH)"
-	$(PIP) install "setuptools>=77" "cmake>=3.26" ninja
+	$(PIP) install "setuptools>=77" "cmake>=3.25" ninja
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.deps $(NATIVE)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -36,13 +37,14 @@ def cxx_compiler() -> str:
 
 
 def tool(name: str) -> str:
-    """cmake or ninja: the executable on PATH, else the one of the wheel of that name."""
-    if path := shutil.which(name):
+    """cmake or ninja: beside this interpreter, else on PATH, else in the wheel of that name."""
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if path := shutil.which(name, path=places):
         return path
-    with contextlib.suppress(ImportError):
-        folder = Path(getattr(__import__(name), f"{name.upper()}_BIN_DIR" if name == "cmake" else "BIN_DIR"))
-        if (folder / name).is_file():
-            return str(folder / name)
+    with contextlib.suppress(ImportError, AttributeError):
+        folder = getattr(importlib.import_module(name), {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name])
+        if path := shutil.which(name, path=folder):
+            return path
     raise BuildError(f"{name} not found: pip install {name}")
 
 
