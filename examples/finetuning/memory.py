@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 from pathlib import Path
@@ -23,8 +24,20 @@ def _ru_maxrss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def reset_peak(device: str) -> None:
+    """Let `peak_mb` count from now on: loading a checkpoint holds more for a moment than is kept of it."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return
+    # Linux sets VmHWM back to VmRSS on this write; elsewhere the peak keeps counting from the start.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_mb(device: str) -> float:
-    """The most memory held so far: resident memory of the process, or allocated memory of the GPU.
+    """The most memory held since `reset_peak`: resident memory of the process, or allocated memory of the GPU.
 
     VmHWM comes before ru_maxrss because the latter is inherited from the process that started this one.
     """

@@ -35,10 +35,10 @@ class Adapted:
 def quiet() -> None:
     """Keep transformers' loading bars and its note about the new classifier out of the demo's output.
 
-    So too its own deprecation warning, and torch's note that the sparse products plain PEFT calls are a beta feature.
+    So too its own deprecation warning, and torch's notes on the sparse tensors that plain PEFT makes.
     """
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-    warnings.filterwarnings("ignore", message=".*[Ss]parse.*beta.*", category=UserWarning)
+    warnings.filterwarnings("ignore", message=".*Sparse invariant checks.*|.*[Ss]parse.*beta.*", category=UserWarning)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -81,9 +81,9 @@ def adapt(base: PreTrainedModel, method: str, settings: Settings) -> Adapted:
     if method == FRODKERNELS:
         report = accelerate(model)
         # Comparing PEFT with itself would look like perfect agreement: refuse.
-        if not report.swapped:
-            raise DemoError(f"frodkernels swapped no layer: {report}")
-        note = str(report)
+        if report.skipped or not report.swapped:
+            raise DemoError(f"frodkernels did not take every layer: {report.summary()}")
+        note = report.summary()
     seconds = time.perf_counter() - start
     return Adapted(model, seconds, sum(p.numel() for p in model.parameters() if p.requires_grad), note)
 

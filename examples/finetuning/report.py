@@ -93,7 +93,7 @@ def print_table(summary: Summary, console: Console | None = None) -> None:
         f"{settings['dtype']}, {settings['device']}"
     )
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     headings = ["init s", "step ms", against, "eval s", against, "peak MB", "above base MB", "trainable", "accuracy"]
     for heading in headings:
         if heading is not None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import memory, models
 from .data import Corpus, batches, load_corpus
 from .models import Adapted
-from .settings import LORA, Settings
+from .settings import LORA, DemoError, Settings
 
 Batch = dict[str, Tensor]
 
@@ -28,6 +28,7 @@ Batch = dict[str, Tensor]
 def prepare(settings: Settings) -> tuple[Corpus, list[Batch], list[Batch]]:
     """The corpus, and its training and evaluation batches as tensors."""
     models.quiet()
+    check_device(settings.device)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     corpus = load_corpus(settings)
@@ -37,6 +38,14 @@ def prepare(settings: Settings) -> tuple[Corpus, list[Batch], list[Batch]]:
         for texts in (corpus.train, corpus.evaluation)
     )
     return corpus, train, evaluation
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that this torch does not have, by the flag's name."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise DemoError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def synchronised(settings: Settings) -> float:
@@ -83,6 +92,7 @@ def train_method(method: str, settings: Settings) -> dict[str, Any]:
     """Train one method from the first step to the last, evaluate it, and account for its memory."""
     corpus, train, evaluation = prepare(settings)
     base = models.load_base(settings, corpus.classes)
+    memory.reset_peak(settings.device)
     loaded = memory.current_mb(settings.device)
     adapted = models.adapt(base, method, settings)
     trainer = Trainer(adapted, method, settings)
