@@ -101,7 +101,7 @@ class SparsePattern:
             message names the argument and the entry.
     """
 
-    __slots__ = ("_csc", "_csr", "_moved", "_pending", "_shape", "device", "nnz")
+    __slots__ = ("_csc", "_csr", "_device", "_moved", "_nnz", "_pending", "_shape")
 
     _csr: Compressed | None
     _csc: Compressed | None
@@ -115,8 +115,8 @@ class SparsePattern:
         if rows.device != cols.device:
             raise ValueError(f"rows and cols must be on one device, got {rows.device} and {cols.device}")
         self._shape = (m, n)
-        self.nnz = rows.numel()
-        self.device = rows.device
+        self._nnz = rows.numel()
+        self._device = rows.device
         self._moved: dict[torch.device, SparsePattern] = {}
         self._csr = self._csc = None
         self._pending: tuple[Tensor, Tensor] | None = (rows, cols)
@@ -141,20 +141,32 @@ class SparsePattern:
         raise ValueError(f"rows, cols: entry {k} duplicates position ({int(rows[k])}, {int(cols[k])})")
 
     def _plan(self) -> None:
-        assert self._pending is not None
-        rows, cols = self._pending
+        pending = self._pending
+        if pending is None:  # another thread has planned it since the caller looked
+            return
+        rows, cols = pending
         m, n = self._shape
         csr, duplicate = _compress(rows, cols, m, n)
         if duplicate is not None:
             self._raise_duplicate(duplicate)
-        self._csr = csr
         self._csc, _ = _compress(cols, rows, n, m)
+        self._csr = csr
         self._pending = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """``(m, n)``."""
         return self._shape
+
+    @property
+    def nnz(self) -> int:
+        """How many entries the pattern has."""
+        return self._nnz
+
+    @property
+    def device(self) -> torch.device:
+        """Where the compressed views are."""
+        return self._device
 
     @property
     def density(self) -> float:
@@ -180,8 +192,9 @@ class SparsePattern:
 
     def coo(self) -> tuple[Tensor, Tensor]:
         """``(rows, cols)``, [nnz] int64 each, in the caller's order."""
-        if self._pending is not None:
-            return self._pending[0].clone(), self._pending[1].clone()
+        pending = self._pending
+        if pending is not None:
+            return pending[0].clone(), pending[1].clone()
         indptr, indices, perm = self.csr
         groups = torch.arange(self._shape[0], device=self.device)
         by_row = torch.repeat_interleave(groups, indptr.diff().to(torch.int64), output_size=self.nnz)
@@ -199,7 +212,7 @@ class SparsePattern:
             return self
         if device not in self._moved:
             other = object.__new__(SparsePattern)
-            other._shape, other.nnz, other.device, other._pending = self._shape, self.nnz, device, None
+            other._shape, other._nnz, other._device, other._pending = self._shape, self._nnz, device, None
             other._csr = Compressed(*(t.to(device) for t in self.csr))
             other._csc = Compressed(*(t.to(device) for t in self.csc))
             other._moved = self._moved
