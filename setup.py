@@ -37,14 +37,12 @@ def cxx_compiler() -> str:
 
 
 def tool(name: str) -> str:
-    """cmake or ninja: beside this interpreter, else on PATH, else in the wheel of that name."""
-    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    if path := shutil.which(name, path=places):
-        return path
+    """cmake or ninja: of the wheel of that name (what the build asked for), else on PATH."""
+    places = [os.environ.get("PATH", "")]
     with contextlib.suppress(ImportError, AttributeError):
-        folder = getattr(importlib.import_module(name), {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name])
-        if path := shutil.which(name, path=folder):
-            return path
+        places.insert(0, getattr(importlib.import_module(name), {"cmake": "CMAKE_BIN_DIR", "ninja": "BIN_DIR"}[name]))
+    if path := shutil.which(name, path=os.pathsep.join(places)):
+        return path
     raise BuildError(f"{name} not found: pip install {name}")
 
 
