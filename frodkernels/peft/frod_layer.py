@@ -173,7 +173,7 @@ class FastFrodLinear(PeftFrodLinear):
     def _replan(self, adapter: str) -> Plan:
         """Plan again: first use after a copy or a move, or somebody loaded another pattern behind our back."""
         slot = self._slot()
-        plan = plan_adapter(self, adapter, slot.name or self._get_name())
+        plan = plan_adapter(self, adapter, slot.name or self._get_name(), slot.plans.get(adapter))
         known = slot.origins.get(adapter)
         if known is not None and known.V() is self.frod_V[adapter] and not known.at_rest(self.frod_V[adapter]):
             verdict = judge(self, adapter, known, Bases())
@@ -242,7 +242,13 @@ class FastFrodLinear(PeftFrodLinear):
 
     def _apply(self, *args: Any, **kwargs: Any) -> FastFrodLinear:
         self._drop_weights()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        if self._fast is not None:  # so that a graph compiled after the move finds its pattern in place
+            for adapter, plan in self._fast.plans.items():
+                device = self.frod_lambda_l[adapter].device
+                if device != plan.pattern.device and device.type != "meta":
+                    self._fast.plans[adapter] = plan.moved(device)
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._drop_weights()

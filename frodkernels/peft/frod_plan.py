@@ -6,7 +6,7 @@ Index buffers come from adapter files, which nothing else checks: everything a k
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,7 +32,21 @@ class Plan:
     pattern: SparsePattern
 
     def current(self, indices: Tensor) -> bool:
+        """Made from this very tensor, which nothing has written to since."""
         return self.indices is indices and self.version == version(indices)
+
+    def moved(self, device: torch.device) -> Plan:
+        """The same plan with its pattern on ``device``."""
+        return replace(self, pattern=self.pattern.to(device))
+
+    def describes(self, indices: Tensor) -> bool:
+        """Made from a tensor of the same content: the model has been moved."""
+        return (
+            self.version == version(self.indices)
+            and self.indices.shape == indices.shape
+            and self.indices.dtype == indices.dtype
+            and torch.equal(self.indices.to(indices.device), indices)
+        )
 
 
 # index buffer -> (its version, its pattern): all layers of a category hold the same buffer, so they share the plan
@@ -72,13 +86,14 @@ def check_floats(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
         raise ValueError(f"{where} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
-def plan_adapter(layer: Any, adapter: str, name: str) -> Plan:
+def plan_adapter(layer: Any, adapter: str, name: str, earlier: Plan | None = None) -> Plan:
     """Check every tensor of ``adapter`` in PEFT's FRoD ``layer`` and plan its pattern. Changes nothing.
 
     Args:
         layer: a ``peft.tuners.frod.layer.Linear``.
         adapter: one of its adapters.
         name: the layer's path, for messages.
+        earlier: the plan there was before the model was moved, perhaps.
 
     Raises:
         ValueError: a tensor is missing, misshapen, of a wrong dtype, or holds bad indices; names tensor and layer.
@@ -100,8 +115,13 @@ def plan_adapter(layer: Any, adapter: str, name: str) -> Plan:
     known = _PLANS.get(indices)
     if known is not None and known[0] == version(indices) and known[1].shape == (n, n):
         pattern = known[1]
-    else:
-        pattern = check_indices(indices, n, where("frod_s_indices"))
+    else:  # the first layer of its category
+        if not bool(torch.isfinite(layer.frod_V[adapter]).all()):
+            raise ValueError(f"{where('frod_V')} holds entries that are not finite")
+        if earlier is not None and earlier.pattern.shape == (n, n) and earlier.describes(indices):
+            pattern = earlier.pattern.to(indices.device)
+        else:
+            pattern = check_indices(indices, n, where("frod_s_indices"))
         _PLANS[indices] = (version(indices), pattern)
     check_floats(layer.frod_lambda_s_values[adapter], (pattern.nnz,), where("frod_lambda_s_values"))
     return Plan(indices, version(indices), pattern)

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from frodkernels._backends import DEVICES, select
+from frodkernels.functional.frod_path import NOMINAL_TOKENS, costs
 from frodkernels.nn.eval_cache import CacheBudget
 from frodkernels.peft.frod_basis import Bases, Origin, judge, origin_of
 from frodkernels.peft.frod_layer import FastFrodLinear, PeftFrodLinear, Slot
@@ -60,9 +61,24 @@ class PreparedFrod:
             device = layer.frod_lambda_l[adapter].device.type
             dtype = str(layer.frod_V[adapter].dtype).removeprefix("torch.")
             parts.append(f"'{adapter}': nnz {plan.pattern.nnz}, {dtype}, {_served_by(device)} on {device}")
+            parts.append(f"{self._training_path(adapter, plan)} path at {NOMINAL_TOKENS} tokens")
         limit = layer._fast.budget.limit
         parts.append("eval cache " + ("off" if limit == 0 else "on" if limit is None else f"within {limit:,} bytes"))
         return ", ".join(parts)
+
+    def _training_path(self, adapter: str, plan: Plan) -> str:
+        """The association order that a training step takes; other numbers of tokens may take another."""
+        layer = self.module
+        cost = costs(
+            NOMINAL_TOKENS,
+            layer.out_features,
+            layer.in_features,
+            plan.pattern.nnz,
+            layer.frod_V[adapter].dtype,
+            needs_x=True,
+            needs_parameters=True,
+        )
+        return min(cost, key=cost.__getitem__)
 
 
 def _served_by(device: str) -> str:
@@ -103,7 +119,8 @@ class FrodTuner:
         prepared = PreparedFrod(name, module)
         slot = getattr(module, "_fast", None)
         for adapter in module.frod_lambda_s_values:
-            prepared.plans[adapter] = plan_adapter(module, adapter, name)
+            earlier = None if slot is None else slot.plans.get(adapter)
+            prepared.plans[adapter] = plan_adapter(module, adapter, name, earlier)
             if adapter == injected:
                 prepared.origins[adapter] = origin_of(module.frod_V[adapter])
                 continue

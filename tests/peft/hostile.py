@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by test_hostile.py in a process of its own: load broken adapter files every way there is.
+
+Prints one JSON object: case -> {"error": type and message, "intact": bool}. PEFT alone would end the process, or
+compute nonsense without a word, on most of these files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import frodkernels as fk
+from tests.peft.models import Tiny, frod, layers, x
+
+UP, DOWN = "base_model.frod_s_indices.up", "base_model.frod_s_indices.down"
+LAMBDA = "base_model.model.blocks.1.up.frod_lambda_l"
+VALUES = "base_model.model.blocks.0.down.frod_lambda_s_values"
+
+
+def _set(key, *where, value):
+    def change(state):
+        state[key][where] = value
+
+    return change
+
+
+def _swap(key, make):
+    def change(state):
+        state[key] = make(state[key]).contiguous()
+
+    return change
+
+
+def _duplicate(state):
+    state[UP][:, 5] = state[UP][:, 2]
+
+
+def _drop_projections(state):
+    for key in [k for k in state if k.startswith("base_model.frod_")]:
+        del state[key]
+
+
+# name -> (what is done to a good file, what the message must name)
+FILES = {
+    "row of n": (_set(UP, 0, 3, value=24), [UP, "rows[3] = 24"]),
+    "row past the end": (_set(UP, 0, 3, value=70), [UP, "rows[3] = 70"]),
+    "row of -1": (_set(UP, 0, 0, value=-1), [UP, "rows[0] = -1"]),
+    "row of -5000": (_set(DOWN, 0, 0, value=-5000), [DOWN, "rows[0] = -5000"]),
+    "row of 1e6": (_set(UP, 0, 7, value=10**6), [UP, "rows[7] = 1000000"]),
+    "column of 2^40": (_set(UP, 1, 7, value=2**40), [UP, "cols[7] = 1099511627776"]),
+    "smallest column": (_set(UP, 1, 7, value=-(2**63)), [UP, "cols[7]"]),
+    "duplicate": (_duplicate, [UP, "duplicates"]),
+    "huge size": (_swap("base_model.frod_s_size.up", lambda t: torch.tensor([2**20, 2**20])), ["frod_s_size.up"]),
+    "size of another category": (
+        _swap("base_model.frod_s_size.up", lambda t: torch.tensor([40, 40])),
+        ["frod_s_size.up", "40 x 40", "24 x 24"],
+    ),
+    "negative size": (_set("base_model.frod_s_size.down", 0, value=-40), ["frod_s_size.down"]),
+    "size of three": (_swap("base_model.frod_s_size.up", lambda t: torch.tensor([24, 24, 1])), ["frod_s_size.up"]),
+    "fractional size": (_swap("base_model.frod_s_size.up", lambda t: t.float()), ["frod_s_size.up", "integers"]),
+    "short values": (_swap(VALUES, lambda t: t[:-1]), [VALUES, "159"]),
+    "long values": (_swap(VALUES, lambda t: torch.cat([t, t])), [VALUES, "320"]),
+    "short indices": (_swap(UP, lambda t: t[:, :-2]), [UP, "55", "57"]),
+    "three rows of indices": (_swap(UP, lambda t: torch.cat([t, t[:1]])), [UP, "[2, nnz]"]),
+    "flat indices": (_swap(UP, lambda t: t.flatten()), [UP, "[2, nnz]"]),
+    "float indices": (_swap(UP, lambda t: t.float()), [UP, "integer"]),
+    "half indices": (_swap(UP, lambda t: t.half()), [UP, "integer"]),
+    "boolean indices": (_swap(UP, lambda t: t > 3), [UP, "integer"]),
+    "complex lambda": (_swap(LAMBDA, lambda t: t.to(torch.complex64)), [LAMBDA, "complex64"]),
+    "integer lambda": (_swap(LAMBDA, lambda t: t.long()), [LAMBDA, "int64"]),
+    "short lambda": (_swap(LAMBDA, lambda t: t[:-1]), [LAMBDA, "[24]"]),
+    "flat V": (_swap("base_model.frod_V.up", lambda t: t[:, :-1]), ["frod_V.up", "square"]),
+    "V of another size": (_swap("base_model.frod_V.up", lambda t: t[:20, :20]), ["frod_V.up", "20 x 20", "24"]),
+    "integer V": (_swap("base_model.frod_V.up", lambda t: t.long()), ["frod_V.up", "int64"]),
+    "NaN in V": (_set("base_model.frod_V.up", 2, 3, value=float("nan")), ["frod_V.up", "finite"]),
+    "no projections": (_drop_projections, ["projection"]),
+}
+
+
+def structure(model):
+    return [(name, type(module), sorted(module.__dict__)) for name, module in model.named_modules()]
+
+
+def contents(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def outcome(run, is_intact):
+    try:
+        run()
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "intact": bool(is_intact())}
+    return {"error": None, "intact": bool(is_intact())}
+
+
+def from_pretrained(path, dtype):
+    base = Tiny().to(dtype)
+    before, state, want = structure(base), contents(base), base(x(dtype=dtype))
+    flags = [p.requires_grad for p in base.parameters()]
+
+    def run():
+        with fk.peft.enabled():
+            PeftModel.from_pretrained(base, path)
+
+    def is_intact():
+        return (
+            structure(base) == before
+            and same(contents(base), state)
+            and flags == [p.requires_grad for p in base.parameters()]
+            and torch.equal(base(x(dtype=dtype)), want)
+        )
+
+    return outcome(run, is_intact)
+
+
+def into_live(path, dtype, accelerated):
+    model = frod(Tiny().to(dtype))
+    if accelerated:
+        fk.peft.accelerate(model)
+    model.train()
+    before, state, want = structure(model), contents(model), model(x(dtype=dtype))
+    with torch.no_grad():
+        evaluated = model.eval()(x(dtype=dtype))
+    model.train()
+    flags = [(n, p.requires_grad) for n, p in model.named_parameters()]
+
+    def run():
+        with fk.peft.enabled():
+            model.load_adapter(path, "bad")
+
+    def is_intact():
+        ok = structure(model) == before and same(contents(model), state) and list(model.peft_config) == ["default"]
+        ok = ok and model.active_adapters == ["default"] and torch.equal(model(x(dtype=dtype)), want)
+        ok = ok and flags == [(n, p.requires_grad) for n, p in model.named_parameters()]
+        with torch.no_grad():
+            ok = ok and torch.equal(model.eval()(x(dtype=dtype)), evaluated)
+        model.train().add_adapter("bad", model.peft_config["default"])  # the name is free
+        return ok
+
+    return outcome(run, is_intact)
+
+
+def accelerate_after_plain_peft(path, dtype):
+    """None where PEFT itself refuses the file."""
+    try:
+        model = PeftModel.from_pretrained(Tiny().to(dtype), path)
+    except (RuntimeError, ValueError):
+        return None
+    before, state = structure(model), contents(model)
+    return outcome(
+        lambda: fk.peft.accelerate(model), lambda: structure(model) == before and same(contents(model), state)
+    )
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in (torch.float32, torch.bfloat16):
+            good = Path(folder) / str(dtype)
+            frod(Tiny().to(dtype)).save_pretrained(good)
+            tensors = load_file(good / "adapter_model.safetensors")
+            for name, (change, _) in FILES.items():
+                state = {key: tensor.clone() for key, tensor in tensors.items()}
+                change(state)
+                save_file(state, good / "adapter_model.safetensors", metadata={"format": "pt"})
+                case = f"{name}, {str(dtype).removeprefix('torch.')}"
+                results[f"from_pretrained: {case}"] = from_pretrained(good, dtype)
+                results[f"load_adapter, plain: {case}"] = into_live(good, dtype, False)
+                results[f"load_adapter, fast: {case}"] = into_live(good, dtype, True)
+                results[f"accelerate: {case}"] = accelerate_after_plain_peft(good, dtype)
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
+    assert layers
