@@ -13,7 +13,46 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }  // std::
 // Start of range `i` of `parts` nearly equal ones.
 static int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / parts; }
 
+// Independent chains of multiply-adds in flight: latency x throughput of the FMA units.
+constexpr int kChains = 8;
+
 // ---- forward -------------------------------------------------------------------------------------------------------
+
+// acc += sum_p values[p] tile[indices[p]], begin <= p < end. Few accumulators would make one long chain of dependent
+// multiply-adds, so slots are dealt to several sets of them, added up in a fixed order.
+template <typename S, int kChunks, typename Index>
+static inline void gather(const typename S::tile* tile, int64_t width, const Index* indices,
+                          const typename S::acc* values, int32_t begin, int32_t end, typename S::Vec* acc) {
+  using Vec = typename S::Vec;
+  constexpr int kAcc = kChunks * S::kVecs;
+  constexpr int kSets = kAcc >= kChains ? 1 : kChains / kAcc;
+  auto add = [&](int32_t p, Vec* to) {
+    const typename S::tile* row = tile + int64_t(indices[p]) * width;
+    const typename S::acc value = values[p];
+    Vec x[kAcc];
+#pragma GCC unroll 16
+    for (int c = 0; c < kChunks; ++c) S::unpack(row + c * S::kTokens, x + c * S::kVecs);
+#pragma GCC unroll 16
+    for (int k = 0; k < kAcc; ++k) to[k] += value * x[k];
+  };
+  int32_t p = begin;
+  if constexpr (kSets > 1) {
+    if (end - begin >= kSets) {
+      Vec sets[kSets - 1][kAcc] = {};
+      for (; p + kSets <= end; p += kSets) {
+        add(p, acc);
+#pragma GCC unroll 16
+        for (int s = 1; s < kSets; ++s) add(p + s, sets[s - 1]);
+      }
+#pragma GCC unroll 16
+      for (int s = 1; s < kSets; ++s) {
+#pragma GCC unroll 16
+        for (int k = 0; k < kAcc; ++k) acc[k] += sets[s - 1][k];
+      }
+    }
+  }
+  for (; p < end; ++p) add(p, acc);
+}
 
 // Groups [g0, g1) over kChunks chunks of a packed tile, from column `at` of it.
 template <typename S, int kChunks, typename Index>
@@ -26,6 +65,7 @@ static void forward_groups(const Product& a, const typename S::tile* tile, int64
   const acc_t* __restrict__ values = static_cast<const acc_t*>(a.plan.values);
   const acc_t* __restrict__ lam = static_cast<const acc_t*>(a.plan.lam);
   tile += at;
+  RowWriter<S, kChunks> out(a.out, t0 + at, count - at);
   for (int64_t g = g0; g < g1; ++g) {
     Vec acc[kAcc];
     if (lam != nullptr) {
@@ -37,18 +77,10 @@ static void forward_groups(const Product& a, const typename S::tile* tile, int64
 #pragma GCC unroll 16
       for (int k = 0; k < kAcc; ++k) acc[k] = Vec{};
     }
-    const int32_t end = a.plan.indptr[g + 1];
-    for (int32_t p = a.plan.indptr[g]; p < end; ++p) {
-      const typename S::tile* row = tile + int64_t(indices[p]) * width;
-      const acc_t value = values[p];
-      Vec x[kAcc];
-#pragma GCC unroll 16
-      for (int c = 0; c < kChunks; ++c) S::unpack(row + c * S::kTokens, x + c * S::kVecs);
-#pragma GCC unroll 16
-      for (int k = 0; k < kAcc; ++k) acc[k] += value * x[k];
-    }
-    write_row<S, kChunks>(acc, a.out, g, t0 + at, count - at);
+    gather<S, kChunks>(tile, width, indices, values, a.plan.indptr[g], a.plan.indptr[g + 1], acc);
+    out.write(acc, g);
   }
+  out.flush();
 }
 
 template <typename S, int kChunks, typename Index>
@@ -118,6 +150,7 @@ static void backward_groups(const Product& a, const typename S::tile* u, const t
   const acc_t* __restrict__ lam = static_cast<const acc_t*>(a.plan.lam);
   u += at;
   z += at;
+  RowWriter<S, kChunks> out(a.out, t0 + at, count - at);
   Dots<S> by_slot(partial_values, a.plan.indptr[g0]), by_group(partial_lam, g0);
   for (int64_t g = g0; g < g1; ++g) {
     Vec acc[kAcc], own[kAcc], zg[kAcc];
@@ -145,8 +178,9 @@ static void backward_groups(const Product& a, const typename S::tile* u, const t
       }
       if constexpr (kWantValues) by_slot.add(dot_product(x, zg));
     }
-    if constexpr (kWantDz) write_row<S, kChunks>(acc, a.out, g, t0 + at, count - at);
+    if constexpr (kWantDz) out.write(acc, g);
   }
+  if constexpr (kWantDz) out.flush();
   if constexpr (kWantValues) by_slot.finish();
   if (partial_lam != nullptr && lam != nullptr) by_group.finish();
 }

@@ -93,20 +93,45 @@ inline void pack_tile(const Features& x, int64_t rows, int64_t t0, int64_t count
   }
 }
 
-// Accumulators of kChunks chunks (tokens [t0, t0 + count) of feature f) to their place.
+// Writes output rows, kChunks chunks of tokens [t0, t0 + count) each, in ascending order of features. Rows with unit
+// token stride go straight out; others wait for a block of features, so that a token's line is written at once.
 template <typename S, int kChunks>
-inline void write_row(const typename S::Vec* acc, const Features& out, int64_t f, int64_t t0, int64_t count) {
+class RowWriter {
   using scalar = typename S::scalar;
-  scalar* to = static_cast<scalar*>(out.data) + f * out.row + t0 * out.token;
-  if (out.token == 1 && count >= kChunks * S::kTokens) {
+  static constexpr int kWidth = kChunks * S::kTokens;
+  static constexpr int kRows = 64 / int(sizeof(scalar));  // a cache line of features
+  const Features& out_;
+  const int64_t t0_, count_;
+  int64_t first_ = 0;
+  int filled_ = 0;
+  scalar block_[kRows][kWidth];
+
+ public:
+  RowWriter(const Features& out, int64_t t0, int64_t count)
+      : out_(out), t0_(t0), count_(count < kWidth ? count : kWidth) {}
+
+  void write(const typename S::Vec* acc, int64_t feature) {
+    scalar* to = static_cast<scalar*>(out_.data) + feature * out_.row + t0_;
+    const bool direct = out_.token == 1 && count_ == kWidth;
+    scalar* row = direct ? to : block_[filled_];
 #pragma GCC unroll 16
-    for (int c = 0; c < kChunks; ++c) S::write(acc + c * S::kVecs, to + c * S::kTokens);
-    return;
+    for (int c = 0; c < kChunks; ++c) S::write(acc + c * S::kVecs, row + c * S::kTokens);
+    if (direct) return;
+    if (out_.token == 1) {
+      std::memcpy(to, row, size_t(count_) * sizeof(scalar));
+      return;
+    }
+    if (filled_++ == 0) first_ = feature;
+    if (filled_ == kRows) flush();
   }
-  scalar row[kChunks * S::kTokens];
-  for (int c = 0; c < kChunks; ++c) S::write(acc + c * S::kVecs, row + c * S::kTokens);
-  if (count > kChunks * S::kTokens) count = kChunks * S::kTokens;
-  for (int64_t t = 0; t < count; ++t) to[t * out.token] = row[t];
-}
+
+  void flush() {
+    for (int64_t t = 0; t < count_; ++t) {
+      scalar* to = static_cast<scalar*>(out_.data) + first_ * out_.row + (t0_ + t) * out_.token;
+      for (int r = 0; r < filled_; ++r) to[r * out_.row] = block_[r][t];
+    }
+    filled_ = 0;
+  }
+};
 
 }  // namespace frodkernels::cpu::FRODKERNELS_ISA
