@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import frodkernels as fk
-from frodkernels.nn.eval_cache import CacheBudget, EvalCache, may_cache
+from frodkernels.nn.eval_cache import CacheBudget, EvalCache, _Identity, may_cache
 
 M, N = 6, 5
 
@@ -273,3 +273,19 @@ def test_not_for_fake_tensors():
 
     with FakeTensorMode():
         assert not may_cache(torch.randn(2, N), torch.randn(N), torch.randn(3))
+
+
+def test_what_cuda_relies_on():
+    """Identity sees what goes through autograd; ``.data`` is the documented hazard that drop() is for."""
+    tensor = torch.nn.Parameter(torch.randn(4))
+    mark = _Identity.of(tensor)
+    assert mark.holds(tensor)
+    tensor.data.copy_(torch.zeros(4))
+    assert mark.holds(tensor)
+    with torch.no_grad():
+        tensor.add_(1)
+    assert not mark.holds(tensor)
+    mark = _Identity.of(tensor)
+    tensor.data = torch.ones(4)
+    assert not mark.holds(tensor)
+    assert not _Identity.of(tensor).holds(torch.nn.Parameter(tensor.detach()))

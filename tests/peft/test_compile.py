@@ -58,9 +58,13 @@ def test_transformers_model():
     close(compiled(tokens()).logits, plain(tokens()).logits)
 
 
-def test_copy_compiles_after_one_eager_call():
+def test_copies_compile():
+    """At once, with a break in the graph to plan; as one graph after an eager call."""
     ours = frod(Tiny(blocks=1))
     fk.peft.accelerate(ours)
+    twin = copy.deepcopy(ours)
+    close(torch.compile(twin.base_model.model, backend="eager")(x()), ours(x()))
+    torch._dynamo.reset()
     twin = copy.deepcopy(ours)
     twin(x())
     compiled = torch.compile(twin.base_model.model, backend="aot_eager", fullgraph=True)

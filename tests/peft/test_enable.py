@@ -157,3 +157,30 @@ def test_failed_add_adapter_leaves_nothing():
         model.add_adapter("bad", config(projection_prng_key=7))
     assert [type(m) for m in model.modules()] == before and list(model.peft_config) == ["default"]
     assert torch.equal(model(x()), want)
+
+
+def test_failed_load_leaves_a_transformers_model_as_it_was(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    frod(bert(), target_modules=["query", "value"], task_type="SEQ_CLS").save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    state = load_file(file)
+    key = next(key for key in state if key.endswith("frod_lambda_l"))
+    base = bert()
+    before = [(name, type(m), sorted(m.__dict__)) for name, m in base.named_modules()]
+    want, flags = base.eval()(tokens()).logits, [p.requires_grad for p in base.parameters()]
+
+    def attempt(error):
+        with fk.peft.enabled(), pytest.raises(error):
+            PeftModel.from_pretrained(base, tmp_path)
+        assert [(name, type(m), sorted(m.__dict__)) for name, m in base.named_modules()] == before
+        assert flags == [p.requires_grad for p in base.parameters()]
+        assert torch.equal(base(tokens()).logits, want)
+
+    save_file({**state, key: state[key][:-1].clone()}, file)
+    attempt(ValueError)  # refused before anything is injected
+    save_file({**state, "base_model.model.classifier.weight": torch.zeros(1, 1)}, file)
+    attempt(RuntimeError)  # PEFT finds out half way through
+    save_file(state, file)
+    with fk.peft.enabled():
+        assert fast(PeftModel.from_pretrained(base, tmp_path))

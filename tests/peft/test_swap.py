@@ -2,11 +2,13 @@
 """accelerate and restore: what they report, what they leave alone, what survives copying."""
 
 import copy
+import gc
 import io
 import logging
 import pickle
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -194,6 +196,17 @@ def test_pattern_overwritten_under_a_fast_layer():
     ours.base_model.frod_s_indices["up"]["default"][1, 0] = 10**6
     with pytest.raises(ValueError, match="1000000 is out of range"):
         ours(x())
+
+
+def test_nothing_keeps_a_model_alive():
+    model = frod()
+    fk.peft.accelerate(model)
+    with torch.no_grad():
+        model.eval()(x())
+    refs = [weakref.ref(model), weakref.ref(model.base_model.frod_V["up"]["default"]), weakref.ref(layers(model)[0])]
+    del model
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 3
 
 
 def test_bad_budget():
