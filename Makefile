@@ -66,11 +66,14 @@ test: setup
 bench: setup
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
+# All four, so that one run shows everything there is to mend.
 lint: setup
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@status=0; \
+	$(BIN)/ruff check . || status=1; \
+	$(BIN)/ruff format --check . || status=1; \
+	$(BIN)/mypy || status=1; \
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES) || status=1; \
+	exit $$status
 
 clean:
 	rm -rf build dist *.egg-info frodkernels/_C*.so .mypy_cache .ruff_cache .pytest_cache $(VENV)/.native $(VENV)/.installed

@@ -57,8 +57,7 @@ def spoiled(environment, request):
 
 
 def test_works_without_a_usable_library(environment, spoiled):
-    environment.run(USE + CALL)
-    environment.run(USE + "assert not fk._native.load() and not fk._native.load()\nprint(fk.backends())")
+    environment.run(USE + CALL + "assert not fk._native.load() and not fk._native.load()\nprint(fk.backends())")
 
 
 def test_a_native_op_says_what_to_do_when_called(environment, spoiled):
