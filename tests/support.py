@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,11 +57,12 @@ def coo(kind: str, m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     flat = torch.arange(m * n)
     rows, cols = flat // max(n, 1), flat % max(n, 1)
-    few = torch.rand(m * n, generator=g) < 0.15
+    rank = torch.randperm(m * n, generator=g)
+    few, half = rank < 0.15 * m * n, rank < 0.5 * m * n
     keep = {
         "empty": torch.zeros(m * n, dtype=torch.bool),
         "one": flat == m * n // 2,
-        "gaps": few & (rows % 3 != 1) & (cols % 3 != 2) & (rows != m - 1) & (cols != n - 1),
+        "gaps": half & (rows % 3 != 1) & (cols % 3 != 2) & (rows != m - 1) & (cols != n - 1),
         "full_row": few | (rows == m // 2),
         "full_column": few | (cols == n // 2),
         "dense": torch.ones(m * n, dtype=torch.bool),
@@ -127,17 +129,24 @@ class Case:
         dense[self.rows, self.cols] = self.values.double()
         return dense if self.lam is None else dense + torch.diag(self.lam.double())
 
+    def _exact(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b rounded to float64; summed wider where float64 is what is tested."""
+        a, b = a.double(), b.double()
+        if torch.float64 not in (self.z.dtype, self.values.dtype):
+            return a @ b
+        return torch.from_numpy((a.numpy().astype(np.longdouble) @ b.numpy().astype(np.longdouble)).astype(np.float64))
+
     def exact_forward(self) -> Tensor:
-        return self.matrix() @ self.z.double()
+        return self._exact(self.matrix(), self.z)
 
     def exact_transpose(self) -> Tensor:
-        return self.matrix().t() @ self.u.double()
+        return self._exact(self.matrix().t(), self.u)
 
     def exact_backward(self) -> tuple[Tensor, Tensor, Tensor]:
         """(dz, dlam, dvalues); dlam is [0] without a diagonal."""
-        u, z = self.u.double(), self.z.double()
-        dlam = u.new_zeros(0) if self.lam is None else (u * z).sum(1)
-        return self.exact_transpose(), dlam, (u @ z.t())[self.rows, self.cols]
+        products = self._exact(self.u, self.z.t())  # [m, n]: every pair of features, summed over the tokens
+        dlam = products.new_zeros(0) if self.lam is None else products.diagonal()
+        return self.exact_transpose(), dlam, products[self.rows, self.cols]
 
     def laid_out(self, layout: str) -> Case:
         """The same case with u and z in another layout (an expanded one changes their numbers)."""
