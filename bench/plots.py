@@ -30,6 +30,12 @@ def _file_name(row: Row) -> str:
     return "-".join([row.op, row.mode, row.dtype, slug(row.device, row.machine, row.threads), *cold]) + ".png"
 
 
+def _tick(row: Row) -> str:
+    if row.op == "sparse_core":  # it does not know m
+        return f"n={row.n}\nT={row.T}"
+    return f"{row.model}\n{row.layer}\n{row.n}→{row.m}, T={row.T}"
+
+
 def plot(groups: Sequence[list[Row]], folder: Path, title: str, labels: Mapping[str, str]) -> Path | None:
     """Draw one figure; None without matplotlib or without a floor to refer to."""
     try:
@@ -80,8 +86,7 @@ def plot(groups: Sequence[list[Row]], folder: Path, title: str, labels: Mapping[
         axes.set_ylim(bottom=0.5)
     axes.set_ylabel("time / floor")
     axes.set_xticks(range(len(groups)))
-    names = [f"{r[0].model}\n{r[0].layer}\n{r[0].n}→{r[0].m}, T={r[0].T}" for r in groups]
-    axes.set_xticklabels(names, fontsize=7)
+    axes.set_xticklabels([_tick(rows[0]) for rows in groups], fontsize=7)
     first = groups[0][0]
     threads = f", {first.threads} threads" if first.device == "cpu" else ""
     axes.set_title(f"{title}\n{first.machine}{threads}, torch {first.torch}", fontsize=9)
