@@ -92,6 +92,14 @@ def check_adapter_file(state: Mapping[str, Tensor], model: nn.Module, config: An
         ValueError: names the key, and the entry where there is one.
     """
     layers = _layers(state, _base_model(model))
+    if config.save_projection:
+        for category in sorted({category for category, _ in layers.values()}):
+            for prefix in (V, INDICES, SIZE):
+                if prefix + category not in state:
+                    raise ValueError(
+                        f"'{prefix}{category}' is missing: the adapter's config says that its projections were saved "
+                        "(save_projection=True). Made anew they need not be those it was trained with."
+                    )
     expected = _expectations(model, config, layers)
     lengths = {name: category.nnz for name, category in expected.items()}
     for name in _categories(state):

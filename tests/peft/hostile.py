@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run by test_hostile.py in a process of its own: load broken adapter files every way there is.
 
-Prints one JSON object: case -> {"error": type and message, "intact": bool}. PEFT alone would end the process, or
-compute nonsense without a word, on most of these files.
+Prints one JSON object: case -> {"error": type and message, "injected": times, "intact": bool}. PEFT alone would end the
+process, or compute nonsense without a word, on most of these files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.frod import FrodModel
 from safetensors.torch import load_file, save_file
 
 import frodkernels as fk
-from tests.peft.models import Tiny, frod, layers, x
+from tests.peft.models import Tiny, frod, x
 
 UP, DOWN = "base_model.frod_s_indices.up", "base_model.frod_s_indices.down"
 LAMBDA = "base_model.model.blocks.1.up.frod_lambda_l"
@@ -82,6 +83,8 @@ FILES = {
     "integer V": (_swap("base_model.frod_V.up", lambda t: t.long()), ["frod_V.up", "int64"]),
     "NaN in V": (_set("base_model.frod_V.up", 2, 3, value=float("nan")), ["frod_V.up", "finite"]),
     "no projections": (_drop_projections, ["projection"]),
+    "no V": (lambda state: state.pop("base_model.frod_V.down"), ["frod_V.down", "missing"]),
+    "no indices": (lambda state: state.pop(UP), [UP, "missing"]),
 }
 
 
@@ -98,11 +101,22 @@ def same(a, b):
 
 
 def outcome(run, is_intact):
+    """What ``run`` raises, how often it got as far as injecting an adapter, and whether it left no trace."""
+    original, injected = FrodModel.inject_adapter, []
+
+    def inject_adapter(self, *args, **kwargs):
+        injected.append(1)
+        return original(self, *args, **kwargs)
+
+    message = None
+    FrodModel.inject_adapter = inject_adapter
     try:
         run()
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}", "intact": bool(is_intact())}
-    return {"error": None, "intact": bool(is_intact())}
+        message = f"{type(error).__name__}: {error}"
+    finally:
+        FrodModel.inject_adapter = original
+    return {"error": message, "intact": bool(is_intact()), "injected": len(injected)}
 
 
 def from_pretrained(path, dtype):
@@ -187,4 +201,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    assert layers

@@ -179,7 +179,8 @@ def test_failed_load_leaves_a_transformers_model_as_it_was(tmp_path):
 
     save_file({**state, key: state[key][:-1].clone()}, file)
     attempt(ValueError)  # refused before anything is injected
-    save_file({**state, "base_model.model.classifier.weight": torch.zeros(1, 1)}, file)
+    overwrites = {"base_model.model.bert.embeddings.word_embeddings.weight": torch.zeros(50, 32)}
+    save_file({**state, **overwrites, "base_model.model.classifier.weight": torch.zeros(1, 1)}, file)
     attempt(RuntimeError)  # PEFT finds out half way through
     save_file(state, file)
     with fk.peft.enabled():

@@ -167,6 +167,14 @@ def test_a_gradient_never_meets_the_cache(pair):
             close(a.grad, b.grad)
 
 
+def test_not_in_training_mode():
+    ours, plain = twins()
+    fk.peft.accelerate(ours)
+    with torch.no_grad():
+        close(ours.train()(x()), plain.train()(x()))
+    assert not builds(ours)
+
+
 def test_frozen_adapters_are_cached_without_no_grad(pair):
     ours, plain = pair
     fk.peft.invalidate(ours)

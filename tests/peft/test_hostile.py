@@ -37,6 +37,7 @@ def test_refused_before_anything_changes(results, name, way, dtype):
     for part in FILES[name][1]:
         assert part in result["error"]
     assert result["intact"]
+    assert result["injected"] == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -54,4 +55,5 @@ def test_nothing_slips_through_accelerate(results):
     names = {case.rsplit(", ", 1)[0] for case in accepted}
     assert names <= {
         "fractional size", "float indices", "half indices", "integer lambda", "complex lambda", "integer V",
+        "no V", "no indices",
     }, names  # fmt: skip

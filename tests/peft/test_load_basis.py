@@ -52,11 +52,6 @@ def off(got, want):
     return float((got - want).norm() / want.norm())
 
 
-def adapter_part(path):
-    """How wrong PEFT's reload of one layer is."""
-    return PeftModel.from_pretrained(Tiny(), path)
-
-
 @pytest.mark.parametrize("permute", [False, True])
 def test_pefts_fault_and_our_loader(tmp_path, permute, caplog):
     want = made_elsewhere(tmp_path, permute=permute)
@@ -140,6 +135,19 @@ def test_untrained_and_trained_models_of_this_machine_keep_their_factors(tmp_pat
             assert not fk.peft.accelerate(candidate).rederived
             for layer, U in zip(layers(candidate), before, strict=True):
                 assert torch.equal(layer.frod_U["default"], U)
+
+
+def test_a_load_that_finds_its_own_basis_factors_nothing(tmp_path, monkeypatch):
+    want = frod()
+    want.save_pretrained(tmp_path)
+
+    def refuse(self, V):
+        raise AssertionError("a digest should have sufficed")
+
+    monkeypatch.setattr(Bases, "factored", refuse)
+    with fk.peft.enabled():
+        model = PeftModel.from_pretrained(Tiny(), tmp_path)
+    close(model(x()), want.eval()(x()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -194,8 +194,10 @@ def test_pattern_overwritten_under_a_fast_layer():
         store.copy_(store[:, order].clone())
     close(ours(x()), plain(x()))
     ours.base_model.frod_s_indices["up"]["default"][1, 0] = 10**6
-    with pytest.raises(ValueError, match="1000000 is out of range"):
-        ours(x())
+    for use in (lambda: ours(x()), ours.merge_adapter):
+        with pytest.raises(ValueError, match="1000000 is out of range"):
+            use()
+    assert not layers(ours)[0].merged
 
 
 def test_nothing_keeps_a_model_alive():
