@@ -25,7 +25,7 @@ def check_tensor(tensor: object, name: str, device: torch.device | None = None) 
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
     if device is not None and tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} but x is on {device}")
+        raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
 def check_pattern(pattern: object, shape: tuple[int, int] | None = None) -> None:
