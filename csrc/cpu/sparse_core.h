@@ -52,7 +52,7 @@ struct Product {
   Features in, out;  // forward: z, out; backward: u, dz (data null: not needed)
   // Backward only.
   Features z;
-  void* partial_values = nullptr;  // [splits, nnz] accumulation type, zeroed; null: not needed
+  void* partial_values = nullptr;  // [splits, nnz] accumulation type, null: not needed
   void* partial_lam = nullptr;     // [splits, n_out] likewise
 };
 

@@ -196,8 +196,15 @@ static void backward_tasks(const Product& a, int64_t begin, int64_t end) {
     const int64_t g0 = part(a.n_out, block, a.tiling.blocks), g1 = part(a.n_out, block + 1, a.tiling.blocks);
     auto* partial_values = static_cast<acc_t*>(a.partial_values);
     auto* partial_lam = static_cast<acc_t*>(a.partial_lam);
-    if (partial_values != nullptr) partial_values += split * a.plan.nnz;
-    if (partial_lam != nullptr) partial_lam += split * a.n_out;
+    if (partial_values != nullptr) {
+      partial_values += split * a.plan.nnz;
+      const int64_t p0 = a.plan.indptr[g0], p1 = a.plan.indptr[g1];
+      std::memset(partial_values + p0, 0, size_t(p1 - p0) * sizeof(acc_t));
+    }
+    if (partial_lam != nullptr) {
+      partial_lam += split * a.n_out;
+      std::memset(partial_lam + g0, 0, size_t(g1 - g0) * sizeof(acc_t));
+    }
     const int64_t first = part(a.tiling.tiles, split, a.tiling.splits);
     const int64_t last = part(a.tiling.tiles, split + 1, a.tiling.splits);
     for (int64_t which = first; which < last; ++which) {

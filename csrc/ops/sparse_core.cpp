@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -28,7 +29,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 16384;  // entries a thread should have to be worth waking
 constexpr int64_t kSplits = 8;     // partial sums of the backward; fixed, so results never depend on the threads
-constexpr int64_t kFewTiles = 8;   // fewer tiles than this: smaller ones, for parallelism
 
 Scalar scalar_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -134,20 +134,7 @@ struct Parameters {
     const Tensor dense = torch::stable::contiguous(v);
     const Scalar type = scalar_of(v, "values");
     const void* data = dense.const_data_ptr();
-    std::atomic<bool> good{true};
-    parallel_for(0, slots.nnz, kGrain, [&](int64_t begin, int64_t end) {
-      const int32_t* order = slots.order();
-      const void* index = slots.indices.const_data_ptr();
-      bool fine = true;
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t at =
-            slots.narrow() ? static_cast<const uint16_t*>(index)[p] : static_cast<const int32_t*>(index)[p];
-        const bool inside = uint32_t(order[p]) < uint64_t(slots.nnz) && uint64_t(at) < uint64_t(n_in);
-        fine &= inside;
-        values[p] = inside ? read<Acc>(data, type, order[p]) : Acc(0);
-      }
-      if (!fine) good = false;
-    });
+    const bool good = slots.narrow() ? fill<uint16_t>(data, type, slots, n_in) : fill<int32_t>(data, type, slots, n_in);
     STD_TORCH_CHECK(good, "indices or perm have entries out of range");
     if (!l.has_value()) return;
     check_cpu(*l, "lam");
@@ -157,6 +144,25 @@ struct Parameters {
     const Scalar lam_type = scalar_of(*l, "lam");
     lam.resize(slots.groups);
     for (int64_t i = 0; i < slots.groups; ++i) lam[i] = read<Acc>(diagonal.const_data_ptr(), lam_type, i);
+  }
+
+  // values[p] = data[perm[p]]; false when an index of the plan is out of range.
+  template <typename Index>
+  bool fill(const void* data, Scalar type, const Slots& slots, int64_t n_in) {
+    std::atomic<bool> good{true};
+    const int32_t* order = slots.order();
+    const Index* index = static_cast<const Index*>(slots.indices.const_data_ptr());
+    const uint64_t nnz = uint64_t(slots.nnz), rows = uint64_t(n_in);
+    parallel_for(0, slots.nnz, kGrain, [&](int64_t begin, int64_t end) {
+      bool fine = true;
+      for (int64_t p = begin; p < end; ++p) {
+        const bool inside = uint64_t(int64_t(order[p])) < nnz && uint64_t(int64_t(index[p])) < rows;
+        fine &= inside;
+        values[p] = inside ? read<Acc>(data, type, order[p]) : Acc(0);
+      }
+      if (!fine) good = false;
+    });
+    return good;
   }
 
   cpu::Plan plan(const Slots& slots) const {
@@ -171,20 +177,20 @@ struct Parameters {
   }
 };
 
+// The forward gathers from a tile and does little else: two lines a feature once four no longer fit L2. The backward
+// spends as much again on each slot's sum, so wide tiles pay even from L3. Both shrink to what T fills. Threads without
+// a tile (or split) of their own share one by blocks of groups, which changes no result.
 cpu::Tiling tiling(Scalar type, int64_t n_in, int64_t n_out, int64_t T, bool backward) {
   cpu::Tiling t;
-  auto tiles = [&](int lines) {
-    const int64_t tokens = cpu::tile_tokens(type, lines);
-    return (T + tokens - 1) / tokens;
-  };
-  const int64_t budget = cpu::l2_bytes() / 4 * 3;
-  while (t.lines > 1 && (n_in * 64 * t.lines > budget || tiles(t.lines) < kFewTiles)) t.lines /= 2;
-  t.tiles = tiles(t.lines);
+  if (!backward && n_in * 64 * t.lines > cpu::l2_bytes() / 4 * 3) t.lines = 2;
+  while (t.lines > 1 && cpu::tile_tokens(type, t.lines / 2) >= T) t.lines /= 2;
+  const int64_t tokens = cpu::tile_tokens(type, t.lines);
+  t.tiles = (T + tokens - 1) / tokens;
   t.splits = std::min(t.tiles, kSplits);
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t units = backward ? t.splits : t.tiles;
-  if (units > 0 && units < threads)
-    t.blocks = std::clamp<int64_t>(threads / units, 1, std::max<int64_t>(n_out / 64, 1));
+  const int64_t most = std::max<int64_t>(n_out / 64, 1);
+  if (units > 0) t.blocks = std::clamp<int64_t>((threads + units - 1) / units, 1, most);
   return t;
 }
 
@@ -226,7 +232,7 @@ Tensor run_forward(const Tensor& z, const OptionalTensor& lam, const Tensor& val
 
 // to[order[p]] = sum over splits of partial[split][p], in order.
 template <typename Acc>
-void reduce(const std::vector<Acc>& partial, int64_t splits, const int32_t* order, Tensor& to, const char* name) {
+void reduce(const Acc* partial, int64_t splits, const int32_t* order, Tensor& to, const char* name) {
   const int64_t size = to.numel();
   const Scalar type = scalar_of(to, name);
   void* data = to.mutable_data_ptr();
@@ -261,14 +267,16 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& u, const Tensor& z
   a.in = features(u);
   a.z = features(z);
   if (dz.numel() > 0) a.out = features(dz);
-  std::vector<Acc> partial_values(dvalues.numel() * a.tiling.splits), partial_lam(dlam.numel() * a.tiling.splits);
-  if (!partial_values.empty()) a.partial_values = partial_values.data();
-  if (!partial_lam.empty()) a.partial_lam = partial_lam.data();
+  // Uninitialised on purpose: each task clears its own part, and touches its pages first.
+  const std::unique_ptr<Acc[]> partial_values(new Acc[dvalues.numel() * a.tiling.splits]);
+  const std::unique_ptr<Acc[]> partial_lam(new Acc[dlam.numel() * a.tiling.splits]);
+  if (dvalues.numel() > 0) a.partial_values = partial_values.get();
+  if (dlam.numel() > 0) a.partial_lam = partial_lam.get();
   const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa());
   parallel_for(0, a.tiling.splits * a.tiling.blocks, 1,
                [&](int64_t begin, int64_t end) { kernels.backward(a, begin, end); });
-  reduce(partial_values, a.tiling.splits, slots.order(), dvalues, "values");
-  reduce(partial_lam, a.tiling.splits, nullptr, dlam, "lam");
+  reduce(partial_values.get(), a.tiling.splits, slots.order(), dvalues, "values");
+  reduce(partial_lam.get(), a.tiling.splits, nullptr, dlam, "lam");
   return {dz, dlam, dvalues};
 }
 
