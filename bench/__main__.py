@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)
     machine, clock, settings = describe(device), make_clock(device, options.cold), settings_of(options)
     path = options.results / f"{machine.slug}.csv"

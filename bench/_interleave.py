@@ -144,6 +144,7 @@ def _peak(contestant: Contestant) -> int | None:
     """The most device memory in use during a call, above what was in use before it."""
     if not torch.cuda.is_initialized():
         return None
+    contestant.run(contestant.prepare())  # libraries take their workspaces at the first call
     state = contestant.prepare()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -107,12 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.calibrate", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--dtype", default="float32,bfloat16", help=f"comma-separated, of {', '.join(DTYPES)}")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, help="torch's threads on the CPU (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=1.5, help="per measurement")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="comma-separated numbers of tokens")
     parser.add_argument("--costs-only", action="store_true", help="leave the table of choices out")
     options = parser.parse_args(arguments)
     dtypes = options.dtype.split(",")
     tokens = [int(T) for T in options.tokens.split(",")]
+    if options.threads:
+        torch.set_num_threads(options.threads)
     device = find_device(options.device)
     machine, noise = describe(device), load_warning()
     print(f"{machine.name}, torch {machine.torch}, {machine.threads} threads, commit {machine.commit}")

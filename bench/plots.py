@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench._interleave import FLOOR
 from bench._machine import slug
@@ -30,10 +31,39 @@ def _file_name(row: Row) -> str:
     return "-".join([row.op, row.mode, row.dtype, slug(row.device, row.machine, row.threads), *cold]) + ".png"
 
 
+def _colour(impl: str) -> str:
+    return COLOURS.get(impl, "#555555")
+
+
 def _tick(row: Row) -> str:
     if row.op == "sparse_core":  # it does not know m
         return f"n={row.n}\nT={row.T}"
     return f"{row.model}\n{row.layer}\n{row.n}→{row.m}, T={row.T}"
+
+
+def _timed(rows: Sequence[Row], impl: str) -> Row | None:
+    return next((row for row in rows if row.impl == impl and measured(row) and row.ratio), None)
+
+
+def _bars(axes: Any, groups: Sequence[list[Row]], impls: Sequence[str]) -> float:
+    """A cluster of bars per group, percentiles as whiskers; returns how high they reach."""
+    width = 0.84 / len(impls)
+    highest = 1.0
+    for i, impl in enumerate(impls):
+        for cluster, rows in enumerate(groups):
+            row = _timed(rows, impl)
+            if row is None:
+                continue
+            x = cluster + (i - (len(impls) - 1) / 2) * width
+            ratio, low, high = float(row.ratio), float(row.ratio_p20), float(row.ratio_p80)
+            highest = max(highest, high)
+            spread = [[max(ratio - low, 0.0)], [max(high - ratio, 0.0)]]
+            whisker = {"elinewidth": 0.8, "ecolor": "#333333"}
+            axes.bar(x, ratio, width, color=_colour(impl), yerr=spread, error_kw=whisker)
+            text = f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}"
+            place = {"xytext": (0, 1), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+            axes.annotate(text, (x, high), fontsize=6, **place)
+    return highest
 
 
 def plot(groups: Sequence[list[Row]], folder: Path, title: str, labels: Mapping[str, str]) -> Path | None:
@@ -41,56 +71,27 @@ def plot(groups: Sequence[list[Row]], folder: Path, title: str, labels: Mapping[
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
     except ImportError:
         return None
-    present = {row.impl for rows in groups for row in rows if measured(row) and row.ratio}
-    impls = [impl for impl in labels if impl in present and impl not in SKIPPED]
+    impls = [impl for impl in labels if impl not in SKIPPED and any(_timed(rows, impl) for rows in groups)]
     if not impls:
         return None
-    figure = Figure(figsize=(max(7.0, 1.5 + 1.35 * len(groups)), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(7.0, 1.5 + 1.35 * len(groups)), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    width = 0.84 / len(impls)
-    highest = 1.0
-    for i, impl in enumerate(impls):
-        offset = (i - (len(impls) - 1) / 2) * width
-        for cluster, rows in enumerate(groups):
-            row = next((r for r in rows if r.impl == impl and measured(r) and r.ratio), None)
-            if row is None:
-                continue
-            ratio, low, high = float(row.ratio), float(row.ratio_p20), float(row.ratio_p80)
-            highest = max(highest, high)
-            label = labels[impl].strip("*") if cluster == 0 else None
-            spread = [[max(ratio - low, 0.0)], [max(high - ratio, 0.0)]]
-            axes.bar(
-                cluster + offset,
-                ratio,
-                width,
-                color=COLOURS.get(impl, "#555555"),
-                label=label,
-                yerr=spread,
-                error_kw={"elinewidth": 0.8, "ecolor": "#333333"},
-            )
-            axes.annotate(
-                f"{ratio:.2f}" if ratio < 9.95 else f"{ratio:.0f}",
-                (cluster + offset, high),
-                ha="center",
-                va="bottom",
-                fontsize=6,
-                xytext=(0, 1),
-                textcoords="offset points",
-            )
+    highest = _bars(axes, groups, impls)
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle="--")
     if highest >= LOGARITHMIC:
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.5)
     axes.set_ylabel("time / floor")
-    axes.set_xticks(range(len(groups)))
-    axes.set_xticklabels([_tick(rows[0]) for rows in groups], fontsize=7)
+    axes.set_xticks(range(len(groups)), [_tick(rows[0]) for rows in groups], fontsize=7)
     first = groups[0][0]
     threads = f", {first.threads} threads" if first.device == "cpu" else ""
     axes.set_title(f"{title}\n{first.machine}{threads}, torch {first.torch}", fontsize=9)
-    axes.legend(fontsize=7, ncols=min(len(impls), 4), frameon=False)
+    patches = [Patch(color=_colour(impl), label=labels[impl].strip("*")) for impl in impls]
+    figure.legend(handles=patches, loc="outside lower center", fontsize=7, ncols=len(impls), frameon=False)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _file_name(first)
     figure.savefig(path, dpi=130, metadata={"Software": None})
