@@ -84,7 +84,7 @@ def print_table(summary: Summary, console: Console | None = None) -> None:
     """The table, and below it what a reader needs to trust it."""
     console = console or Console()
     if not console.is_terminal:
-        console = Console(width=REPORT_WIDTH)  # a log file has no width to fit
+        console = Console(file=console.file, width=REPORT_WIDTH)  # a log file has no width to fit
     timing = summary["timing"]
     against = f"× {NAMES[timing['ratios_to']]}" if timing else None
     settings = summary["settings"]

@@ -37,10 +37,10 @@ class Settings:
     targets: str = "all-linear"
     sparse_rate: float = 0.01
     lora_rank: int = 8
-    head_lr: float = 3e-3
-    lora_lr: float = 1e-3
+    head_lr: float = 2e-2
+    lora_lr: float = 3e-3
     lambda_lr: float = 1e-2
-    values_lr: float = 1e-2
+    values_lr: float = 3e-3
     warmup_steps: int = 3
     timing_rounds: int = 5
     threads: int = 0

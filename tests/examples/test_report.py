@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's sums: whose times are compared, what is agreement, and what reaches the reader."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from examples.finetuning import report
+from examples.finetuning.settings import FRODKERNELS, LORA, PEFT_FROD, Settings
+from examples.finetuning.train import in_turn, median_ratio
+
+
+def result(losses: list[float], **changes: Any) -> dict[str, Any]:
+    row = {
+        "losses": losses,
+        "step_ms": [900.0, 100.0, 100.0],
+        "eval_batch_ms": [50.0, 50.0],
+        "init_s": 0.5,
+        "trainable_parameters": 12345,
+        "accuracy": 0.75,
+        "majority_share": 0.5,
+        "peak_memory_mb": 500.0,
+        "peak_above_base_mb": 100.0,
+    }
+    return {**row, **changes}
+
+
+RESULTS = {LORA: result([2.0, 1.0]), PEFT_FROD: result([2.0, 1.5]), FRODKERNELS: result([2.0, 1.25])}
+TIMING = {
+    "ratios_to": LORA,
+    "step_ms": {LORA: [10.0, 12.0, 50.0], PEFT_FROD: [30.0, 36.0, 40.0], FRODKERNELS: [11.0, 13.0, 60.0]},
+    "eval_batch_ms": {LORA: [10.0], PEFT_FROD: [80.0], FRODKERNELS: [9.0]},
+    "step_ratio": {LORA: 1.0, PEFT_FROD: 3.0, FRODKERNELS: 1.1},
+    "eval_ratio": {LORA: 1.0, PEFT_FROD: 8.0, FRODKERNELS: 0.9},
+}
+SETTINGS = Settings(model="some/model", train_file="train.tab", test_file="test.tab")
+
+
+def test_times_come_from_the_turns_where_there_were_any() -> None:
+    timed, untimed = (report.summarise(SETTINGS, RESULTS, timing)["rows"][PEFT_FROD] for timing in (TIMING, None))
+    assert (timed["step_ms"], timed["eval_s"], timed["step_ratio"]) == (36.0, 0.08, 3.0)
+    assert (untimed["step_ms"], untimed["eval_s"], untimed["step_ratio"]) == (100.0, 0.1, None)
+
+
+def test_agreement_needs_both_frods() -> None:
+    assert report.summarise(SETTINGS, RESULTS, TIMING)["agreement"]["loss_difference"] == [0.0, 0.25]
+    alone = {method: RESULTS[method] for method in (LORA, FRODKERNELS)}
+    assert report.summarise(SETTINGS, alone, None)["agreement"] is None
+
+
+def test_table_json_and_plot(tmp_path: Path) -> None:
+    for timing in (TIMING, None):
+        summary = report.summarise(SETTINGS, RESULTS, timing)
+        assert json.loads(json.dumps(summary)) == summary
+        out = io.StringIO()
+        report.print_table(summary, Console(file=out))
+        text = out.getvalue()
+        assert "FRoD, frodkernels" in text and "75.0 %" in text and "12,345" in text
+        assert "2.50e-01" in text and "50.0 %" in text
+        assert ("× LoRA" in text) == (timing is not None)
+        report.plot(summary, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_every_method_goes_first_in_some_round() -> None:
+    turns = list(in_turn(3, ("a", "b", "c")))
+    assert [method for _, method in turns] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert median_ratio([2.0, 3.0, 100.0], [1.0, 1.0, 10.0]) == 3.0
