@@ -4,13 +4,12 @@
 A program of the sparse-core kernels owns BLOCK_R rows and BLOCK_T tokens and reads BLOCK_S slots of each row at a time.
 The tiles follow from these rules:
 
-* wide: every lane gathers 16 bytes in one load (fp32: in two), and one warp owns whole rows, so that the token sums of
-  the backward are warp shuffles;
+* wide: every lane gathers 16 bytes in one load (fp32: in two), and one warp owns one row, so that the token sums of the
+  backward are warp shuffles and rows of different lengths do not wait for each other;
 * BLOCK_S loads in flight times the warps an SM holds cover the latency of L2 (about 40 KB an SM), while a short row
   wastes few masked slots;
 * no configuration spills, not even where T is odd and every element has an address and a mask of its own
-  (``tests/sparse_core/test_aot_triton.py``): for that the 16-bit tiles of "short" and "token_major" stay at 8 bytes a
-  lane.
+  (``tests/sparse_core/test_aot_triton.py``): tiles of several rows stay small for that.
 
 A choice depends on shapes, dtypes and vendor only, so results repeat bit for bit and do not depend on strides.
 """
@@ -46,10 +45,10 @@ TILES: dict[str, dict[int, TileConfig]] = {
         4: TileConfig(block_r=1, block_s=4, block_t=256, num_warps=1, num_stages=1),
         8: TileConfig(block_r=1, block_s=4, block_t=128, num_warps=1, num_stages=1),
     },
-    # a few dozen tokens: several rows share the warp
+    # a few dozen tokens: a shorter row for the warp
     "short": {
-        2: TileConfig(block_r=2, block_s=4, block_t=64, num_warps=1, num_stages=1),
-        4: TileConfig(block_r=2, block_s=4, block_t=64, num_warps=1, num_stages=1),
+        2: TileConfig(block_r=1, block_s=4, block_t=64, num_warps=1, num_stages=1),
+        4: TileConfig(block_r=1, block_s=4, block_t=64, num_warps=1, num_stages=1),
         8: TileConfig(block_r=1, block_s=4, block_t=64, num_warps=1, num_stages=1),
     },
     # decoding: latency, not width, is what costs, so more slots in flight and fewer rows a program

@@ -27,7 +27,7 @@ from .sparse_core_kernels import (
     sparse_core_fwd_kernel,
 )
 
-_SLOT_LIMIT = 2**31 - 64  # slots are counted in 32 bits, and a program looks a few past its last
+_LIMIT = 2**31 - 1024  # tokens and slots are counted in 32 bits, and a program looks a few past its last
 
 INTERPRETED = not isinstance(sparse_core_fwd_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at import
 
@@ -56,8 +56,9 @@ def _check(
     for name, tensor in (("indptr", indptr), ("indices", indices), ("perm", perm)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous")
-    if nnz > _SLOT_LIMIT:
-        raise ValueError(f"indices: {nnz} entries exceed the Triton backend's limit of {_SLOT_LIMIT}")
+    for name, size in (("entries", nnz), ("tokens", next(iter(features.values())).shape[1])):
+        if size > _LIMIT:
+            raise ValueError(f"{size} {name} exceed the Triton backend's limit of {_LIMIT}")
     groups = indptr.numel() - 1
     if lam is not None and lam.shape != (groups,):
         raise ValueError(f"lam must be [{groups}], got {list(lam.shape)}")

@@ -3,7 +3,8 @@
 
 Matrices of features are [features, T] with adjacent tokens adjacent in memory. Loads are cast to the accumulator ACC
 (fp32, or fp64 where an operand is fp64), stores round once. T and the strides of inputs come in units of UNIT elements,
-which is how the compiler learns, for any T, that loads may be UNIT elements wide.
+which is how the compiler learns, for any T, that loads may be UNIT elements wide. Tokens and slots are counted in 32
+bits, offsets into matrices of features in 64.
 """
 
 import triton
@@ -55,43 +56,44 @@ def sparse_core_fwd_kernel(
     row are in flight at a time, and the indices and values of the next BLOCK_S are fetched under them. Slots are summed
     in ascending groups of BLOCK_S, in ACC. A masked slot loads nothing: what S does not store is never multiplied.
     """
-    T = T.to(tl.int64) * UNIT
-    z_stride = z_stride.to(tl.int64) * UNIT
+    T *= UNIT
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+    row64 = row[:, None].to(tl.int64)  # [R, 1]
     row_live = row < n_out
     start = tl.load(indptr_ptr + row, mask=row_live, other=0)
     end = tl.load(indptr_ptr + row + 1, mask=row_live, other=0)
     longest = tl.max(end - start, axis=0)
 
-    for tile in range(tl.program_id(1).to(tl.int64), tl.cdiv(T, BLOCK_T), tl.num_programs(1)):
+    for tile in range(tl.program_id(1), tl.cdiv(T, BLOCK_T), tl.num_programs(1)):
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
         t_live = t < T
         live = row_live[:, None] & t_live[None, :]
         acc = tl.zeros([BLOCK_R, BLOCK_T], dtype=ACC)
         if HAS_LAM:
             lam = tl.load(lam_ptr + row, mask=row_live, other=0.0).to(ACC)
-            z_row = tl.load(z_ptr + row[:, None].to(tl.int64) * z_stride + t[None, :], mask=live, other=0.0)
+            z_row = tl.load(z_ptr + row64 * z_stride * UNIT + t[None, :], mask=live, other=0.0)
             acc += lam[:, None] * z_row.to(ACC)
         p = start[None, :] + tl.arange(0, BLOCK_S)[:, None]  # [S, R]
         p_live = p < end[None, :]
         other = tl.load(indices_ptr + p, mask=p_live, other=0)
         value = tl.load(slot_values_ptr + p, mask=p_live, other=0.0)
         for _ in range(0, longest, BLOCK_S):
+            p_live = p < end[None, :]  # compared anew: carried over, the masks cost more than the comparison
             p += BLOCK_S
             next_live = p < end[None, :]
             next_other = tl.load(indices_ptr + p, mask=next_live, other=0)
             next_value = tl.load(slot_values_ptr + p, mask=next_live, other=0.0)
             z_other = tl.load(
-                z_ptr + other.to(tl.int64)[:, :, None] * z_stride + t[None, None, :],
+                z_ptr + other.to(tl.int64)[:, :, None] * z_stride * UNIT + t[None, None, :],
                 mask=p_live[:, :, None] & t_live[None, None, :],
                 other=0.0,
             )  # [S, R, T]
             acc += tl.sum(value[:, :, None] * z_other.to(ACC), axis=0)
-            p_live, other, value = next_live, next_other, next_value
+            other, value = next_other, next_value
         if TOKEN_MAJOR:
-            out_ptrs = out_ptr + t[None, :] * n_out + row[:, None]
+            out_ptrs = out_ptr + t[None, :].to(tl.int64) * n_out + row64
         else:
-            out_ptrs = out_ptr + row[:, None].to(tl.int64) * T + t[None, :]
+            out_ptrs = out_ptr + row64 * T + t[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -132,27 +134,27 @@ def sparse_core_bwd_kernel(
     of the partial sums. It holds z of its columns; every gathered tile of u serves the sum for dz and the dot product
     for dvalues. Where a split is several tiles, the program adds to its own partial sums, tiles ascending.
     """
-    T = T.to(tl.int64) * UNIT
-    u_stride = u_stride.to(tl.int64) * UNIT
-    z_stride = z_stride.to(tl.int64) * UNIT
+    T *= UNIT
     col = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)  # [R]
+    col64 = col[:, None].to(tl.int64)  # [R, 1]
     col_live = col < n
     start = tl.load(indptr_ptr + col, mask=col_live, other=0)
     end = tl.load(indptr_ptr + col + 1, mask=col_live, other=0)
     longest = tl.max(end - start, axis=0)
     partial_ptr += tl.program_id(1).to(tl.int64) * width
     dlam = tl.zeros([BLOCK_R], dtype=ACC)
+    summed = start  # [R] where the slots end that hold partial sums already: none before the first tile
 
-    first_tile = tl.program_id(1).to(tl.int64) * tiles_per_split
+    first_tile = tl.program_id(1) * tiles_per_split
     for tile in range(first_tile, tl.minimum(first_tile + tiles_per_split, tl.cdiv(T, BLOCK_T))):
         t = tile * BLOCK_T + tl.arange(0, BLOCK_T)  # [T]
         t_live = t < T
         live = col_live[:, None] & t_live[None, :]
         dz = tl.zeros([BLOCK_R, BLOCK_T], dtype=ACC)
         if NEED_DLAM or NEED_DVALUES:
-            z_col = tl.load(z_ptr + col[:, None].to(tl.int64) * z_stride + t[None, :], mask=live, other=0.0).to(ACC)
+            z_col = tl.load(z_ptr + col64 * z_stride * UNIT + t[None, :], mask=live, other=0.0).to(ACC)
         if HAS_LAM and (NEED_DZ or NEED_DLAM):
-            u_col = tl.load(u_ptr + col[:, None].to(tl.int64) * u_stride + t[None, :], mask=live, other=0.0).to(ACC)
+            u_col = tl.load(u_ptr + col64 * u_stride * UNIT + t[None, :], mask=live, other=0.0).to(ACC)
             if NEED_DZ:
                 dz += tl.load(lam_ptr + col, mask=col_live, other=0.0).to(ACC)[:, None] * u_col
             if NEED_DLAM:
@@ -164,8 +166,9 @@ def sparse_core_bwd_kernel(
             if NEED_DZ:
                 value = tl.load(slot_values_ptr + p, mask=p_live, other=0.0)
             for _ in range(0, longest, BLOCK_S):
+                p_live = p < end[None, :]  # compared anew, as in the forward
                 u_other = tl.load(
-                    u_ptr + other.to(tl.int64)[:, :, None] * u_stride + t[None, None, :],
+                    u_ptr + other.to(tl.int64)[:, :, None] * u_stride * UNIT + t[None, None, :],
                     mask=p_live[:, :, None] & t_live[None, None, :],
                     other=0.0,
                 ).to(ACC)  # [S, R, T]
@@ -178,17 +181,17 @@ def sparse_core_bwd_kernel(
                     value = tl.load(slot_values_ptr + next_p, mask=next_live, other=0.0)
                 if NEED_DVALUES:
                     dot = tl.sum(u_other * z_col[None, :, :], axis=2)  # [S, R]
-                    if tile > first_tile:
-                        dot += tl.load(partial_ptr + p, mask=p_live, other=0.0)
+                    dot += tl.load(partial_ptr + p, mask=p < summed[None, :], other=0.0)
                     tl.store(partial_ptr + p, dot, mask=p_live)
-                p, p_live = next_p, next_live
+                p = next_p
         if NEED_DZ:
             if TOKEN_MAJOR:
-                dz_ptrs = dz_ptr + t[None, :] * n + col[:, None]
+                dz_ptrs = dz_ptr + t[None, :].to(tl.int64) * n + col64
             else:
-                dz_ptrs = dz_ptr + col[:, None].to(tl.int64) * T + t[None, :]
+                dz_ptrs = dz_ptr + col64 * T + t[None, :]
             tl.store(dz_ptrs, dz.to(dz_ptr.dtype.element_ty), mask=live)
         if NEED_DVALUES:
+            summed = end
             tl.debug_barrier()  # the next tile reads back partial sums that another lane may have written
     if NEED_DLAM:
         tl.store(partial_ptr + first_dlam + col, dlam, mask=col_live)

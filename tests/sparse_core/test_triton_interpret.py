@@ -254,6 +254,10 @@ def test_bad_arguments_are_named():
         kernels.sparse_core(z, lam, values[1:], *pattern.csr)
     with pytest.raises(ValueError, match="lam must be"):
         kernels.sparse_core(z, lam[1:], values, *pattern.csr)
+    with pytest.raises(ValueError, match="indices must be contiguous"):
+        kernels.sparse_core(z, lam, values, pattern.csr.indptr, torch.zeros(20).int()[::2], pattern.csr.perm)
+    with pytest.raises(ValueError, match="2147483647 tokens"):
+        kernels.sparse_core(torch.ones(6, 1).expand(6, 2**31 - 1), lam, values, *pattern.csr)
     with pytest.raises(ValueError, match="z must be"):
         kernels.sparse_core_backward(u, z[:, 1:], lam, values, *pattern.csc, ALL)
 
