@@ -18,7 +18,7 @@ from bench._machine import describe, find_device, load_warning
 from bench._timing import make_clock
 from bench.suites import DTYPES, specs
 
-SECONDS = {"quick": 2.0, "default": 12.0, "full": 20.0}
+SECONDS = {"quick": 2.0, "default": 8.0, "full": 15.0}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32,bfloat16", help=f"comma-separated, of {', '.join(DTYPES)}")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     parser.add_argument("--threads", type=int, help="torch's threads on the CPU (default: torch's own choice)")
-    parser.add_argument("--seconds", type=float, help="of rounds per group (default: 12; quick 2, full 20)")
+    parser.add_argument("--seconds", type=float, help="of rounds per group (default: 8; quick 2, full 15)")
     parser.add_argument("--rounds", type=int, help="exactly so many rounds per group")
     parser.add_argument("--cold", action="store_true", help="flush the processor's caches before every call")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")

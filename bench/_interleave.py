@@ -77,7 +77,7 @@ class Group:
 class Settings:
     """How long to measure: ``seconds`` per group, within these numbers of rounds."""
 
-    seconds: float = 15.0
+    seconds: float = 8.0
     min_rounds: int = 7
     max_rounds: int = 60
     warmup: int = 2
@@ -135,7 +135,7 @@ def fastest(contestants: Sequence[Contestant], clock: Clock) -> Contestant:
     """The one with the smallest median over a few interleaved rounds."""
     if len(contestants) == 1:
         return contestants[0]
-    samples = rounds_of(contestants, clock, Settings(seconds=1.0, min_rounds=5, max_rounds=15, warmup=1))
+    samples = rounds_of(contestants, clock, Settings(seconds=0.5, min_rounds=4, max_rounds=15, warmup=1))
     medians = [statistics.median(times) for times in samples]
     return contestants[medians.index(min(medians))]
 
