@@ -105,17 +105,17 @@ static void forward_tasks(const Product& a, int64_t begin, int64_t end) {
 // of the result is added to partial[first + k].
 template <typename S>
 struct Dots {
-  typename S::Vec pending[S::kVecLanes];
+  using Vec = typename S::Vec;
+  Vec pending[S::kVecLanes];
   typename S::acc* partial;
   int64_t first;
   int filled = 0;
 
   Dots(typename S::acc* to, int64_t at) : partial(to), first(at) {}
 
-  void add(typename S::Vec dot) {
+  void add(Vec dot) {
     pending[filled++] = dot;
     if (filled < S::kVecLanes) return;
-    using Vec = typename S::Vec;
     store(partial + first, load<Vec>(partial + first) + sum_each<Vec, typename S::Mask>(pending));
     first += S::kVecLanes;
     filled = 0;
@@ -123,8 +123,8 @@ struct Dots {
 
   void finish() {
     if (filled == 0) return;
-    for (int k = filled; k < S::kVecLanes; ++k) pending[k] = typename S::Vec{};
-    const auto sums = sum_each<typename S::Vec, typename S::Mask>(pending);
+    for (int k = filled; k < S::kVecLanes; ++k) pending[k] = Vec{};
+    const Vec sums = sum_each<Vec, typename S::Mask>(pending);
     for (int k = 0; k < filled; ++k) partial[first + k] += sums[k];
   }
 };

@@ -28,7 +28,10 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 16384;  // entries a thread should have to be worth waking
-constexpr int64_t kSplits = 8;     // partial sums of the backward; fixed, so results never depend on the threads
+// Partial sums of the backward. How many there are follows from shapes alone, so results never depend on the threads:
+// at least kSplits, for parallelism; more for very long inputs, since a chain of one addition a tile loses what
+// pairwise summation keeps; fewer where they would hold more than kPartialBytes.
+constexpr int64_t kSplits = 8, kTilesInChain = 16, kPartialBytes = int64_t(32) << 20;
 
 Scalar scalar_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -46,7 +49,7 @@ Scalar scalar_of(const Tensor& t, const char* name) {
   return Scalar::kF32;
 }
 
-// Entry k of a storage array as an accumulator, and back.
+// Entry k of a storage array as an accumulator, and back from a sum.
 template <typename Acc>
 Acc read(const void* data, Scalar type, int64_t k) {
   switch (type) {
@@ -62,14 +65,13 @@ Acc read(const void* data, Scalar type, int64_t k) {
   return Acc(0);
 }
 
-template <typename Acc>
-void write(void* data, Scalar type, int64_t k, Acc value) {
+void write(void* data, Scalar type, int64_t k, double value) {
   switch (type) {
     case Scalar::kF32:
       static_cast<float*>(data)[k] = float(value);
       return;
     case Scalar::kF64:
-      static_cast<double*>(data)[k] = double(value);
+      static_cast<double*>(data)[k] = value;
       return;
     case Scalar::kBF16:
       static_cast<uint16_t*>(data)[k] = cpu::float_to_bf16(float(value));
@@ -180,13 +182,14 @@ struct Parameters {
 // The forward gathers from a tile and does little else: two lines a feature once four no longer fit L2. The backward
 // spends as much again on each slot's sum, so wide tiles pay even from L3. Both shrink to what T fills. Threads without
 // a tile (or split) of their own share one by blocks of groups, which changes no result.
-cpu::Tiling tiling(Scalar type, int64_t n_in, int64_t n_out, int64_t T, bool backward) {
+cpu::Tiling tiling(Scalar type, int64_t n_in, int64_t n_out, int64_t nnz, int64_t T, bool backward) {
   cpu::Tiling t;
   if (!backward && n_in * 64 * t.lines > cpu::l2_bytes() / 4 * 3) t.lines = 2;
   while (t.lines > 1 && cpu::tile_tokens(type, t.lines / 2) >= T) t.lines /= 2;
   const int64_t tokens = cpu::tile_tokens(type, t.lines);
   t.tiles = (T + tokens - 1) / tokens;
-  t.splits = std::min(t.tiles, kSplits);
+  const int64_t room = std::max<int64_t>(kPartialBytes / 4 / (nnz + 1), 1);
+  t.splits = std::min({t.tiles, std::max(kSplits, t.tiles / kTilesInChain), room});
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t units = backward ? t.splits : t.tiles;
   const int64_t most = std::max<int64_t>(n_out / 64, 1);
@@ -221,7 +224,7 @@ Tensor run_forward(const Tensor& z, const OptionalTensor& lam, const Tensor& val
   a.n_out = slots.groups;
   a.T = T;
   a.plan = parameters.plan(slots);
-  a.tiling = tiling(a.type, n_in, a.n_out, T, false);
+  a.tiling = tiling(a.type, n_in, a.n_out, slots.nnz, T, false);
   a.in = features(z);
   a.out = features(out);
   const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa());
@@ -238,9 +241,9 @@ void reduce(const Acc* partial, int64_t splits, const int32_t* order, Tensor& to
   void* data = to.mutable_data_ptr();
   parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      Acc sum = 0;
-      for (int64_t s = 0; s < splits; ++s) sum += partial[s * size + p];
-      write<Acc>(data, type, order == nullptr ? p : order[p], sum);
+      double sum = 0;
+      for (int64_t s = 0; s < splits; ++s) sum += double(partial[s * size + p]);
+      write(data, type, order == nullptr ? p : order[p], sum);
     }
   });
 }
@@ -263,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& u, const Tensor& z
   a.n_out = n_out;
   a.T = T;
   a.plan = parameters.plan(slots);
-  a.tiling = tiling(a.type, n_in, n_out, T, true);
+  a.tiling = tiling(a.type, n_in, n_out, slots.nnz, T, true);
   a.in = features(u);
   a.z = features(z);
   if (dz.numel() > 0) a.out = features(dz);
