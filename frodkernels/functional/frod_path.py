@@ -15,10 +15,10 @@ PATHS = ("activation", "fold", "materialize")
 
 # GEMM multiply-adds in the time of one sparse multiply-add: (product alone, fused backward).
 SPARSE_COST = {
-    torch.float32: (3.0, 4.0),
-    torch.float64: (3.0, 4.0),
-    torch.bfloat16: (8.0, 16.0),
-    torch.float16: (8.0, 16.0),
+    torch.float32: (2.7, 6.5),
+    torch.float64: (2.7, 6.5),
+    torch.bfloat16: (6.9, 15.0),
+    torch.float16: (6.9, 15.0),
 }
 
 # Under torch.compile the choice may not depend on the number of tokens: a branch on it would recompile as it changes.
