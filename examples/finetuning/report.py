@@ -144,8 +144,8 @@ def plot(summary: Summary, path: Path) -> None:
         curves.tick_params(labelbottom=False)
     else:
         curves.set_xlabel("training step")
-    _plot_bars(figure.add_subplot(grid[:, 1]), summary, "step_ms", "step_ratio", "training step, ms")
-    _plot_bars(figure.add_subplot(grid[:, 2]), summary, "eval_s", "eval_ratio", "evaluation, s")
+    _plot_bars(figure.add_subplot(grid[:, 1]), summary, ("step_ms", "step_ratio"), "training step, ms", ".0f")
+    _plot_bars(figure.add_subplot(grid[:, 2]), summary, ("eval_s", "eval_ratio"), "evaluation, s", ".2f")
     settings, where = summary["settings"], summary["machine"]
     figure.suptitle(
         f"{Path(settings['model']).parent.name}/{Path(settings['model']).name}, {settings['dtype']}, "
@@ -171,14 +171,15 @@ def _plot_losses(axes: Any, summary: Summary) -> None:
     axes.legend()
 
 
-def _plot_bars(axes: Any, summary: Summary, value: str, ratio: str, title: str) -> None:
-    rows = summary["rows"]
+def _plot_bars(axes: Any, summary: Summary, keys: tuple[str, str], title: str, spec: str) -> None:
+    """One bar per method: the first key's number, and below it the second key's ratio where there is one."""
+    rows, (value, ratio) = summary["rows"], keys
     heights = [row[value] for row in rows.values()]
     bars = axes.bar([NAMES[method].replace(", ", ",\n") for method in rows], heights)
     for bar, method in zip(bars, rows, strict=True):
         bar.set_color(COLOURS[method])
         times = f"\n{rows[method][ratio]:.2f}×" if rows[method][ratio] is not None else ""
-        text = f"{rows[method][value]:.3g}{times}"
+        text = f"{rows[method][value]:{spec}}{times}"
         axes.annotate(text, (bar.get_x() + bar.get_width() / 2, bar.get_height()), ha="center", va="bottom")
     axes.set_ylim(0, 1.18 * max(heights))
     axes.set_title(title, fontsize=10)
