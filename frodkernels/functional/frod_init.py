@@ -17,7 +17,7 @@ from frodkernels.pattern import SparsePattern
 def joint_basis(weights: Sequence[Tensor], alpha: float = 1e-3) -> Tensor:
     """The basis V [n, n] that a category of weights shares.
 
-    With ``Q R = qr(stack of all W_i)`` and ``Z`` the eigenvectors of ``mean_i (Q_i^T Q_i + alpha I)^-1``, ``V = R^T Z``;
+    With ``Q R = qr(all W_i stacked)`` and ``Z`` the eigenvectors of ``mean_i (Q_i^T Q_i + alpha I)^-1``, ``V = R^T Z``;
     where the stack has fewer rows than columns, its right singular vectors, completed to a basis.
 
     Args:
