@@ -30,7 +30,10 @@ def _chunks(T: int, nnz: int) -> list[slice]:
 
 
 def _in_layout(out: Tensor, token_major: bool) -> Tensor:
-    return out.t().contiguous().t() if token_major else out.contiguous()
+    if not token_major:
+        return out.contiguous()
+    rows, T = out.shape
+    return out.new_empty(T, rows).copy_(out.t()).t()  # strides (1, rows) even where T is 1
 
 
 def sparse_core(
