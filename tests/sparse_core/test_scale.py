@@ -58,11 +58,21 @@ def test_the_largest_frod_pattern():
         assert_no_worse_than_torch(part, exact, same)
 
 
-@pytest.mark.parametrize("strides", [(2**30 + 5, 1), (1, 2**29 + 3), (2**30 + 5, 7)], ids=str)
+@pytest.mark.parametrize(
+    "strides, T",
+    [
+        ((2**30 + 5, 1), 5),  # from feature to feature
+        ((1, 2**29 + 3), 5),  # from token to token
+        ((2**30 + 5, 7), 5),
+        ((1, 2**24 + 3), 140),  # from tile to tile
+        ((3, 2**24 + 1), 140),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_offsets_beyond_2_to_the_31(isa, tmp_path, strides, dtype):
+def test_offsets_beyond_2_to_the_31(isa, tmp_path, strides, T, dtype):
     """Features 4 GB apart, in a sparse file: nothing but the touched pages is ever in memory."""
-    n, T = 3, 5
+    n = 3
     size = strides[0] * (n - 1) + strides[1] * (T - 1) + 1
     assert size > 2**31
     case = make_case(n, n, T, "dense", dtype)
