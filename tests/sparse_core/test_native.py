@@ -168,6 +168,38 @@ def test_long_sums_stay_accurate(isa, T):
     check(case)
 
 
+# ---- rounding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["feature_major", "token_major", "strided"])
+def test_every_16_bit_number_is_read_and_rounded_as_torch_does(isa, layout, dtype):
+    """All 65,536 of them, times factors that reach ties, subnormals, overflow, infinities and NaN."""
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    factors = torch.tensor([1.0, -1.0, 1 / 3, 1.0039, 3e-5, 2.0**-24, 7e4, 1e30, 0.0])
+    n = factors.numel()
+    z = LAYOUTS[layout](every.expand(n, -1))
+    nothing = fk.SparsePattern(*torch.zeros(2, 0, dtype=torch.int64), (n, n))
+    want = (every.float() * factors[:, None]).to(dtype)
+    for token_major in (False, True):
+        got = native.native_sparse_core(z, factors, factors[:0], *nothing.csr, token_major)
+        dz, *_ = native.native_sparse_core_backward(
+            z, z, factors, factors[:0], *nothing.csc, [True, False, False], token_major
+        )
+        for out in (got, dz):
+            torch.testing.assert_close(out, want, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_storage_is_the_float32_sum_rounded_once(isa, dtype):
+    case = make_case(60, 60, 77, "random", dtype)
+    wide = case.laid_out("feature_major")
+    wide.u, wide.z = case.u.float(), case.z.float()
+    ours, theirs = outputs(native, case, "native_", False), outputs(native, wide, "native_", False)
+    for narrow, rounded in zip(ours[:3], theirs[:3], strict=True):  # gradients of parameters sum in other blocks
+        assert torch.equal(narrow, rounded.to(dtype))
+
+
 # ---- determinism -----------------------------------------------------------------------------------------------------
 
 
