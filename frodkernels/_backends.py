@@ -46,6 +46,8 @@ def unavailable(op: str, device: str, name: str) -> str | None:
         if not _ops.native_serves(op, device):
             return f"the native library has no {device} kernel of {op}"
         return None
+    if device not in DEVICES:
+        return f"the triton kernels do not run on {device}"
     if not _has_triton():
         return "triton is not installed (pip install triton)"
     if device == "cpu" and not _interpreting():
@@ -89,7 +91,7 @@ def _load(op: str, name: str) -> Callable[..., Any]:
 
 def implementation(op: str, device: str) -> Callable[..., Any]:
     """The callable that serves ``op`` on ``device`` now."""
-    return _load(op, select(op, device if device in DEVICES else "cpu"))
+    return _load(op, select(op, device))
 
 
 @contextlib.contextmanager

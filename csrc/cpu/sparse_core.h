@@ -9,10 +9,12 @@
 // Shapes   z [n_in, T], out [n_out, T]; u [n_in, T], z and dz [n_out, T]; any strides (in elements).
 //          lam [n_out] or null, values [nnz] in slot order, both in the accumulation type; indptr [n_out + 1] int32;
 //          indices [nnz], 16 or 32 bits.
-// Types    storage f32, f64, bf16 or f16; accumulation f32, f64 for f64; splits of the tokens join in f64. One rounding
-// at the end. Work     a task is a tile of tokens (or, backward, a fixed split of the tiles) times a block of groups. A
-// tile of the
+// Types    storage f32, f64, bf16 or f16; accumulation f32, f64 for f64; one rounding at the end. The sums of the
+//          splits (below) join in f64.
+//
+// Work     a task is a tile of tokens (or, backward, a fixed split of the tiles) times a block of groups. A tile of the
 //          gathered operand is packed so that it stays in L2; every nonzero then reads whole cache lines of it.
+//
 // Order    sums run over slots and tokens in an order fixed by shapes and tile size, never by the number of threads.
 // Needs    indices < n_in, monotone indptr, indptr[n_out] = nnz < 2^31: checked by the binding.
 #pragma once

@@ -60,3 +60,23 @@ def without_autocast(method: Method) -> Method:
             return method(ctx, first, *rest)
 
     return cast(Method, run)
+
+
+def first_order(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuse to be differentiated twice, as soon as it is asked for.
+
+    ``once_differentiable`` detaches its outputs, so that ``autograd.grad`` of a gradient with respect to an input finds
+    no route and returns None: a gradient penalty would train wrongly without a word. Autograd runs a backward pass in
+    grad mode exactly when a graph of it is wanted (``create_graph=True``).
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *grads: Tensor) -> Any:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "frodkernels functions are differentiable once: create_graph=True needs a second derivative "
+                "(frodkernels.reference has plain PyTorch definitions that have one)"
+            )
+        return backward(ctx, *grads)
+
+    return run

@@ -3,6 +3,7 @@
 
 Shapes: x [T, n], U [m, n], V [n, n], lam [n], values [nnz]; D = diag lam; g = dL/dy [T, m]. z, u and dz are kept
 feature-major, [n, T]: the GEMM library writes and reads them for free and each nonzero then touches contiguous tokens.
+U and V arrive in their own dtype and are cast to x's where they are used.
 Source: FRoD, https://doi.org/10.1609/aaai.v40i31.39813.
 """
 
@@ -12,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from frodkernels.functional._common import autocast_dtype, check_pattern, check_tensor, without_autocast
+from frodkernels.functional._common import autocast_dtype, check_pattern, check_tensor, first_order, without_autocast
 from frodkernels.functional.frod_path import PATHS, choose
 from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
@@ -47,16 +47,17 @@ class FrodActivation(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
     ) -> Tensor:
-        z = V.t() @ x.t()
+        z = V.to(x.dtype).t() @ x.t()
         w = ops.sparse_core(z, lam, values, *plan[:3])
         ctx.save_for_backward(z, U, V, lam, values, *plan[3:])
-        return _addmm(bias, w.t(), U.t())
+        return _addmm(bias, w.t(), U.to(x.dtype).t())
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
         z, U, V, lam, values, *csc = ctx.saved_tensors
+        U, V = U.to(z.dtype), V.to(z.dtype)
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
         g = g.to(z.dtype)
         dx = dlam = dvalues = None
@@ -77,16 +78,17 @@ class FrodFold(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
     ) -> Tensor:
-        folded = ops.sparse_core(U.t(), lam, values, *plan[3:])  # [n, m]
-        z = V.t() @ x.t()
+        folded = ops.sparse_core(U.to(x.dtype).t(), lam, values, *plan[3:])  # [n, m]
+        z = V.to(x.dtype).t() @ x.t()
         ctx.save_for_backward(z, folded, U, V, lam, values, *plan[3:])
         return _addmm(bias, z.t(), folded)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
         z, folded, U, V, lam, values, *csc = ctx.saved_tensors
+        U, V = U.to(z.dtype), V.to(z.dtype)
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
         g = g.to(z.dtype)
         dx = (g @ folded.t()) @ V.t() if need_x else None
@@ -108,15 +110,16 @@ class FrodMaterialize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
     ) -> Tensor:
-        W = _dense(U, V, lam, values, plan)
+        W = _dense(U.to(x.dtype), V.to(x.dtype), lam, values, plan)
         ctx.save_for_backward(x, W, U, V, lam, values, *plan[3:])
         return _addmm(bias, x, W.t())
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
         x, W, U, V, lam, values, *csc = ctx.saved_tensors
+        U, V = U.to(x.dtype), V.to(x.dtype)
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
         g = g.to(x.dtype)
         dx = g @ W if need_x else None
@@ -151,7 +154,7 @@ class FrodWeight(torch.autograd.Function):
         return _dense(U, V, lam, values, plan)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     @without_autocast
     def backward(ctx: Any, G: Tensor) -> Grads:
         U, V, lam, values, *csc = ctx.saved_tensors
@@ -227,7 +230,7 @@ def frod_linear(
     if path not in ("auto", *PATHS):
         raise ValueError(f"path must be 'auto', 'activation', 'fold' or 'materialize', got {path!r}")
     dtype = autocast_dtype(x) or x.dtype
-    x, U, V = x.to(dtype), U.to(dtype), V.to(dtype)
+    x = x.to(dtype)  # U and V are cast inside, so that what is kept for the backward is the one frozen copy
     bias = None if bias is None else bias.to(dtype)
     flat = x.reshape(-1 if n else x.shape[:-1].numel(), n)
     if path == "auto":

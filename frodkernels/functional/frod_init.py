@@ -30,8 +30,8 @@ def joint_basis(weights: Sequence[Tensor], alpha: float = 1e-3) -> Tensor:
     Raises:
         ValueError: no weights, or they differ in their number of columns.
     """
-    if not weights:
-        raise ValueError("weights must hold at least one matrix")
+    if isinstance(weights, Tensor) or not weights:
+        raise ValueError("weights must be a sequence of at least one matrix")
     n = weights[0].shape[-1]
     for i, weight in enumerate(weights):
         if weight.dim() != 2 or weight.shape[1] != n:

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from frodkernels.functional._common import check_pattern, check_tensor
+from frodkernels.functional._common import check_pattern, check_tensor, first_order
 from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
 
@@ -26,7 +25,7 @@ class SparseCore(torch.autograd.Function):
         return ops.sparse_core(z, lam, values, *plan[:3], True)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
         z, lam, values, *csc = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:3])

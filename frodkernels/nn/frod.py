@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from frodkernels.functional._common import autocast_dtype
+from frodkernels.functional._common import autocast_dtype, check_tensor
 from frodkernels.functional.frod import frod_linear, frod_weight
 from frodkernels.functional.frod_init import factor, joint_basis, random_pattern
 from frodkernels.nn.eval_cache import CacheBudget, EvalCache, may_cache
@@ -27,8 +27,12 @@ class FrodLinear(nn.Module):
 
     Attributes:
         lam: [n] parameter. values: [nnz] parameter, in the pattern's COO order.
-        U: [m, n] buffer. V: [n, n] buffer, shared between the layers of a category.
+        U: [m, n] buffer. V: [n, n] buffer, the given tensor: layers made with one V share it until they are moved or
+            cast one by one.
         bias: [m] parameter or None. pattern: the :class:`~frodkernels.SparsePattern` of S.
+
+    The pattern is part of ``state_dict`` (as extra state), so that a layer made with another random pattern takes
+    over the saved one.
 
     Shapes: input [..., n], output [..., m].
     """
@@ -49,6 +53,10 @@ class FrodLinear(nn.Module):
         cache_budget: CacheBudget | None = None,
     ) -> None:
         super().__init__()
+        check_tensor(U, "U")
+        for name, frozen in (("U", U), ("V", V)):
+            if isinstance(frozen, Tensor) and frozen.requires_grad:
+                raise NotImplementedError(f"{name} requires grad, but U and V are frozen in FRoD: detach it first")
         with torch.no_grad():  # every check of the factors, by the function that will use them
             frod_linear(U.new_empty(0, U.shape[-1]), U, V, lam, values, pattern, bias, path=path)
         self.register_buffer("U", U.detach())
@@ -154,6 +162,18 @@ class FrodLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._cache.drop()
         super()._load_from_state_dict(*args, **kwargs)
+
+    def get_extra_state(self) -> Tensor:
+        """The pattern, [2, nnz] int64: values mean nothing without the positions they belong to."""
+        return torch.stack(self.pattern.coo())
+
+    def set_extra_state(self, indices: Tensor) -> None:
+        """Take the pattern of a saved layer; ValueError when it does not fit, before anything is changed."""
+        n = self.in_features
+        pattern = SparsePattern.from_coo(indices, (n, n))
+        if pattern.nnz != self.values.numel():
+            raise ValueError(f"the saved pattern has {pattern.nnz} entries but values has {self.values.numel()}")
+        self.pattern = pattern.to(self.pattern.device)
 
     def extra_repr(self) -> str:
         return (

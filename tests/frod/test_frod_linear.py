@@ -214,9 +214,8 @@ def test_arguments_are_left_alone(path):
 def test_differentiating_twice_is_refused(path):
     layer = make_layer(7, 9, 5)
     layer.leaves()
-    (dx,) = torch.autograd.grad(layer(path=path).square().sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
-        dx.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):  # not a silent None from grad(inputs=...) later
+        torch.autograd.grad(layer(path=path).square().sum(), layer.x, create_graph=True)
 
 
 def test_dtypes_of_factors_and_bias_follow_x():

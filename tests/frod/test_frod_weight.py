@@ -91,6 +91,5 @@ def test_V_follows_U():
 def test_differentiating_twice_is_refused():
     layer = make_layer(7, 9, 1)
     lam, _ = layer.leaves("lam", "values")
-    (dlam,) = torch.autograd.grad(fk.frod_weight(*factors(layer)).square().sum(), lam, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
-        dlam.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):  # grad(inputs=...) of a gradient would return None
+        torch.autograd.grad(fk.frod_weight(*factors(layer)).square().sum(), lam, create_graph=True)

@@ -159,3 +159,16 @@ def test_frod_weight_needs_no_dense_middle():
         fk.frod_weight(*args).sum().backward()
     assert max(recorder.sizes) < 64 * 64
     assert not [op for op in recorder.ops if op in FORBIDDEN]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_factors_of_another_dtype_are_not_kept_twice(path):
+    """Under autocast U and V are cast for the moment; what the backward keeps is the frozen factors themselves."""
+    layer = make_layer(M, N, T)
+    layer.leaves()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(path=path)
+    square = [t for t in saved if t.numel() == N * N]
+    assert square and all(t.data_ptr() == layer.V.data_ptr() for t in square)

@@ -96,3 +96,12 @@ def test_a_frozen_layer_is_judged_by_its_forward():
     with torch.no_grad():
         torch.testing.assert_close(layer(), layer(path="activation"))
     assert fk.frod_linear(layer.x, *(layer.U, layer.V, layer.lam, layer.values, layer.pattern)).grad_fn is None
+
+
+def test_float16_training_never_sums_over_all_tokens_in_float16():
+    """g^T x over thousands of tokens overflows float16 where the other orders do not."""
+    layer = make_layer(32, 32, 4096, dtype=torch.float16, param_dtype=torch.float32)
+    layer.leaves()
+    layer.x.data.fill_(1)
+    lam, values = torch.autograd.grad(layer(path="auto"), (layer.lam, layer.values), torch.full((4096, 32), 20.0).half())
+    assert lam.isfinite().all() and values.isfinite().all()

@@ -75,7 +75,7 @@ def test_eval_uses_the_cached_weight_and_sees_every_change(tokens):
             lambda: layer.lam.add_(1),
             lambda: setattr(layer, "lam", torch.nn.Parameter(torch.randn(24))),
             lambda: layer.V.mul_(0.5),
-            lambda: layer.load_state_dict({k: torch.randn_like(v) for k, v in layer.state_dict().items()}),
+            lambda: layer.load_state_dict(make(seed=3).state_dict()),
             lambda: layer.double().float(),
         ):
             change()
@@ -137,7 +137,30 @@ def test_copies_and_files():
             other.lam.mul_(2)
         assert not torch.equal(other(x), fresh(layer, x))
     assert copy.deepcopy(layer).pattern is layer.pattern
-    assert set(layer.state_dict()) == {"U", "V", "lam", "values", "bias"}
+    assert set(layer.state_dict()) == {"U", "V", "lam", "values", "bias", "_extra_state"}
+
+
+def test_a_saved_layer_brings_its_pattern():
+    saved, other = make(seed=1), make(seed=2)
+    x = torch.randn(5, 24)
+    assert not torch.equal(saved.pattern.coo()[0], other.pattern.coo()[0])
+    other.eval()
+    with torch.no_grad():
+        other(x)
+    other.load_state_dict(saved.state_dict())
+    assert torch.equal(other(x), fresh(saved, x))
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), fresh(saved, x))
+
+
+def test_a_pattern_that_does_not_fit_is_refused():
+    layer = make()
+    before = layer.pattern
+    indices = torch.stack(before.coo())
+    for broken in (indices[:, :-1], indices + 24, indices.float(), indices.flip(1)[:, [0] * indices.shape[1]]):
+        with pytest.raises(ValueError):
+            layer.set_extra_state(broken)
+    assert layer.pattern is before
 
 
 def test_autocast_and_mixed_dtypes():
@@ -166,8 +189,14 @@ def test_bad_factors_are_named():
         fk.nn.FrodLinear.from_factors(layer.U, layer.V, layer.lam[:-1], layer.values, layer.pattern)
     with pytest.raises(ValueError, match="linear"):
         fk.nn.FrodLinear.from_linear(torch.nn.Conv1d(3, 3, 1))
-    with pytest.raises(ValueError, match="weights"):
-        fk.nn.joint_basis([])
+    for weights in ([], torch.randn(3, 3)):
+        with pytest.raises(ValueError, match="weights"):
+            fk.nn.joint_basis(weights)
+    with pytest.raises(ValueError, match="U"):
+        fk.nn.FrodLinear.from_factors(None, layer.V, layer.lam, layer.values, layer.pattern)
+    with pytest.raises(NotImplementedError, match="U"):
+        frozen = layer.U.clone().requires_grad_()
+        fk.nn.FrodLinear.from_factors(frozen, layer.V, layer.lam, layer.values, layer.pattern)
 
 
 def test_repr_says_what_it_is():

@@ -78,9 +78,8 @@ def test_differentiating_twice_is_refused():
     case = make_case(8, 8, 5)
     z = case.z.t().clone().requires_grad_()
     y = fk.sparse_core(z, case.lam, case.values, case.pattern)
-    (dz,) = torch.autograd.grad(y.square().sum(), z, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
-        dz.sum().backward()
+    with pytest.raises(RuntimeError, match="differentiable once"):  # grad(inputs=...) of a gradient would return None
+        torch.autograd.grad(y.square().sum(), z, create_graph=True)
 
 
 def test_bad_arguments_are_named():
