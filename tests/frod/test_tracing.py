@@ -173,6 +173,16 @@ def test_meta_tensors(path):
     assert layer.values.grad.is_meta and layer.values.grad.shape == layer.values.shape
 
 
+def test_functional_call_works_and_functorch_says_that_it_does_not():
+    """An autograd.Function whose forward takes ctx is refused by torch.func: with an error, not with a wrong number."""
+    layer = make_layer(12, 20, 5)
+    module = Layer(layer)
+    doubled = {name: 2 * p for name, p in module.named_parameters()}  # lam, values and bias: the map doubles
+    torch.testing.assert_close(torch.func.functional_call(module, doubled, (layer.x,)), 2 * module(layer.x))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: module(x).sum())(layer.x)
+
+
 # ---- activation checkpointing ----------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native CPU kernels of the sparse core, at every instruction set, against float64 and plain torch."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
@@ -227,6 +229,19 @@ def test_same_bits_in_every_layout(isa):
         got = native.native_sparse_core(*other.forward), *native.native_sparse_core_backward(*other.backward, ALL)
         for first, again in zip(want, got, strict=True):
             assert torch.equal(first, again)
+
+
+def test_calls_from_several_threads_do_not_meet(isa):
+    """Scratch belongs to a thread, and nothing else is kept."""
+    cases = [make_case(n, n, T, "random") for n, T in ((20, 300), (64, 90), (33, 7), (90, 129))]
+    want = [outputs(native, case, "native_", False) for case in cases]
+
+    def run(k):
+        return [outputs(native, cases[k % 4], "native_", False) for _ in range(10)]
+
+    with ThreadPoolExecutor(8) as pool:
+        for k, runs in enumerate(pool.map(run, range(16))):
+            assert all(torch.equal(a, b) for got in runs for a, b in zip(got, want[k % 4], strict=True))
 
 
 # ---- choosing the instruction set ------------------------------------------------------------------------------------
