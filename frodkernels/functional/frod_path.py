@@ -50,6 +50,9 @@ def choose(x: Tensor, m: int, nnz: int, parameters_train: bool) -> str:
     T = NOMINAL_TOKENS if torch.compiler.is_compiling() else x.shape[0]
     grad = torch.is_grad_enabled()
     cost = costs(T, m, n, nnz, x.dtype, needs_x=grad and x.requires_grad, needs_parameters=grad and parameters_train)
+    if x.dtype == torch.float16 and grad and parameters_train:
+        # its g^T x sums over all tokens before S is sampled: that overflows float16 where no other path does
+        cost["materialize"] = float("inf")
     best = PATHS[0]
     for path in PATHS[1:]:  # dynamo does not trace min(..., key=...)
         if cost[path] < cost[best]:

@@ -103,5 +103,7 @@ def test_float16_training_never_sums_over_all_tokens_in_float16():
     layer = make_layer(32, 32, 4096, dtype=torch.float16, param_dtype=torch.float32)
     layer.leaves()
     layer.x.data.fill_(1)
-    lam, values = torch.autograd.grad(layer(path="auto"), (layer.lam, layer.values), torch.full((4096, 32), 20.0).half())
+    lam, values = torch.autograd.grad(
+        layer(path="auto"), (layer.lam, layer.values), torch.full((4096, 32), 20.0).half()
+    )
     assert lam.isfinite().all() and values.isfinite().all()
