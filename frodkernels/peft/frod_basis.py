@@ -48,6 +48,7 @@ class Origin:
     V: weakref.ref[Tensor]
     version: int
     digest: bytes
+    dtype: torch.dtype
 
     def at_rest(self, V: Tensor) -> bool:
         """V is that very tensor and nothing has written to it since."""
@@ -62,7 +63,7 @@ def origin_of(V: Tensor) -> Origin:
     known = _DIGESTS.get(V)
     if known is None or known[0] != version(V):
         known = _DIGESTS[V] = (version(V), digest(V))
-    return Origin(weakref.ref(V), *known)
+    return Origin(weakref.ref(V), *known, V.dtype)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from frodkernels.nn.eval_cache import CacheBudget, EvalCache, may_cache
 from frodkernels.pattern import SparsePattern
 from frodkernels.peft.frod_basis import Bases, Origin, judge, origin_of
 from frodkernels.peft.frod_plan import Plan, plan_adapter
+
+logger = logging.getLogger("frodkernels")
 
 
 class Slot:
@@ -36,7 +39,7 @@ class Slot:
         self.origins: dict[str, Origin] = {}
 
     def drop_weights(self) -> None:
-        for cache in self.caches.values():
+        for cache in list(self.caches.values()):  # another thread may be adding its own
             cache.drop()
         self.caches.clear()
 
@@ -157,7 +160,12 @@ class FastFrodLinear(PeftFrodLinear):
         cache = slot.caches.get(adapter)
         if cache is None:
             cache = slot.caches[adapter] = EvalCache(slot.budget)
-        return cache.get(lam, values, U, V, pattern, lambda: frod_weight(U, V, lam, values, pattern), dtype=dtype)
+        wide = torch.promote_types(U.dtype, dtype)  # rounding to the storage dtype would be seen in wider results
+
+        def build() -> Tensor:
+            return frod_weight(U.to(wide), V.to(wide), lam, values, pattern)
+
+        return cache.get(lam, values, U, V, pattern, build, dtype=dtype)
 
     # -- plans --------------------------------------------------------------------------------------------------
 
@@ -168,21 +176,33 @@ class FastFrodLinear(PeftFrodLinear):
             return plan.pattern if plan is not None else _plan_eagerly(self, adapter).pattern
         if plan is None or not plan.current(self.frod_s_indices[adapter]):
             plan = self._replan(adapter)
+        origin = None if slot is None else slot.origins.get(adapter)
+        if origin is not None and not origin.at_rest(self.frod_V[adapter]):
+            self._rejudge(adapter, origin)
         return plan.pattern
 
     def _replan(self, adapter: str) -> Plan:
         """Plan again: first use after a copy or a move, or somebody loaded another pattern behind our back."""
         slot = self._slot()
         plan = plan_adapter(self, adapter, slot.name or self._get_name(), slot.plans.get(adapter))
-        known = slot.origins.get(adapter)
-        if known is not None and known.V() is self.frod_V[adapter] and not known.at_rest(self.frod_V[adapter]):
-            verdict = judge(self, adapter, known, Bases())
-            if verdict is not None:
-                slot.origins[adapter] = verdict.origin
-                if verdict.U is not None:
-                    self.frod_U[adapter] = verdict.U
         slot.plans[adapter] = plan
         return plan
+
+    def _rejudge(self, adapter: str, known: Origin) -> None:
+        """V is not what U was made from, as far as identity and version tell: moved, cast, or overwritten."""
+        slot = self._slot()
+        V = self.frod_V[adapter]
+        if known.V() is not V and known.dtype != V.dtype:  # cast with the model: U was, too
+            slot.origins[adapter] = origin_of(V)
+            return
+        verdict = judge(self, adapter, known, Bases())
+        if verdict is None:  # W is out of reach: asking at every call would not help
+            del slot.origins[adapter]
+            return
+        slot.origins[adapter] = verdict.origin
+        if verdict.U is not None:
+            self.frod_U[adapter] = verdict.U
+            logger.warning("V of layer '%s', adapter '%s', was overwritten: U was derived again", slot.name, adapter)
 
     # -- everything that makes a remembered weight wrong, or useless ---------------------------------------------
 

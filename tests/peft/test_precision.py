@@ -120,3 +120,42 @@ def test_several_adapters_in_half_precision():
     inputs = x(64, IN, dtype=torch.bfloat16)
     got, peft, want = (layers(m)[0](i) for m, i in ((model, inputs), (plain, inputs), (exact, inputs.double())))
     assert_no_worse(got, peft, want)
+
+
+WIDER = [
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.float16, torch.float32),
+    (torch.float32, torch.float64),
+]
+
+
+@pytest.mark.parametrize("storage, wide", WIDER, ids=str)
+def test_cached_weight_is_as_good_as_the_inputs_dtype(storage, wide):
+    """A wider input than the storage: rounding W to the storage dtype would show."""
+    layer, _, exact = layer_case(storage) if storage != torch.float32 else _fp32_case()
+    inputs = x(64, IN, dtype=wide)
+    want = exact.eval()(inputs.double())
+    with torch.no_grad():
+        uncached = layer.train()(inputs)
+        cached = layer.eval()(inputs)
+    assert layer._fast.caches["default"].nbytes and cached.dtype == uncached.dtype == wide
+    error, floor = (uncached.double() - want).norm(), torch.finfo(wide).eps * want.norm()
+    assert (cached.double() - want).norm() <= 1.5 * error + 4 * floor
+
+
+def _fp32_case():
+    model = frod()
+    plain = copy.deepcopy(model)
+    fk.peft.accelerate(model)
+    return layers(model)[0], layers(plain)[0], layers(plain.double())[0]
+
+
+def test_cached_weight_of_half_storage_under_bfloat16_autocast():
+    layer, _, exact = (layer.eval() for layer in layer_case(torch.float16))
+    inputs = x(64, IN, dtype=torch.float16)
+    want = exact(inputs.double())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cached = layer(inputs)
+        uncached = layer.train()(inputs)
+    assert_no_worse(cached, uncached, want)
