@@ -7,27 +7,37 @@ of a million ends the process, and a wrong shape raises half way through and lea
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.frod.layer import FrodLayer
-from peft.tuners.frod.model import _category_from_key
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
+from frodkernels.peft.frod_keys import (
+    INDICES,
+    LAMBDA,
+    PREFIX,
+    SIZE,
+    VALUES,
+    Passengers,
+    Target,
+    V,
+    base_model,
+    check_numbers,
+    target_layers,
+    with_aliases,
+)
 from frodkernels.peft.frod_plan import FLOATS, check_floats, check_indices, check_size
 
-V, INDICES, SIZE = "base_model.frod_V.", "base_model.frod_s_indices.", "base_model.frod_s_size."
-LAMBDA, VALUES = ".frod_lambda_l", ".frod_lambda_s_values"
+logger = logging.getLogger("frodkernels")
 
 
 class _Category(NamedTuple):
-    """What the model expects of a category: n, and the number of nonzeros (None: whatever the file says)."""
+    """What the model expects of a category: n, and the number of nonzeros."""
 
     n: int
-    nnz: int | None
+    nnz: int
 
 
 def default_nnz(n: int, sparse_rate: float) -> int:
@@ -37,40 +47,8 @@ def default_nnz(n: int, sparse_rate: float) -> int:
     return max(1, nnz) if sparse_rate > 0 and off_diagonal > 0 else nnz
 
 
-def _base_model(model: nn.Module) -> nn.Module:
-    """The user's model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _in_features(module: nn.Module) -> int | None:
-    if isinstance(module, FrodLayer):
-        return module.in_features
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0])
-    return None
-
-
-def _layers(state: Mapping[str, Tensor], root: nn.Module) -> dict[str, tuple[str, int]]:
-    """Layer path, as the file spells it -> (category, n), for the file's layers that the model has."""
-    found = {}
-    for key in state:
-        for suffix in (LAMBDA, VALUES):
-            if key.endswith(suffix):
-                path = key.removesuffix(suffix)
-                inner = path.removeprefix("base_model.model.")
-                try:
-                    n = _in_features(root.get_submodule(inner))
-                except AttributeError:
-                    continue  # not in this model: PEFT ignores it
-                if n is not None:
-                    found[path] = (_category_from_key(inner), n)
-    return found
-
-
-def _expectations(model: nn.Module, config: Any, layers: dict[str, tuple[str, int]]) -> dict[str, _Category]:
-    expected = {category: _Category(n, default_nnz(n, config.sparse_rate)) for category, n in layers.values()}
+def _expectations(model: nn.Module, config: Any, targets: Mapping[str, Target]) -> dict[str, _Category]:
+    expected = {category: _Category(n, default_nnz(n, config.sparse_rate)) for category, n in targets.values()}
     stores = getattr(getattr(model, "base_model", None), "frod_s_indices", None)
     if stores is not None:  # a further adapter takes the pattern size of those that are there
         for category in set(expected) & set(stores.keys()):
@@ -80,36 +58,90 @@ def _expectations(model: nn.Module, config: Any, layers: dict[str, tuple[str, in
     return expected
 
 
-def check_adapter_file(state: Mapping[str, Tensor], model: nn.Module, config: Any) -> None:
+def check_adapter_file(
+    state: Mapping[str, Tensor],
+    model: nn.Module,
+    config: Any,
+    *,
+    adapter: str | None = None,
+    ignore_mismatched: bool = False,
+) -> None:
     """Check the tensors of a FRoD adapter file (keys as saved, without adapter names). Changes nothing.
+
+    Every key must be one that PEFT writes for this config and that this model has room for, every tensor must fit,
+    and no layer's tensors may be missing. What the layers are is told by model and config, not by the file.
 
     Args:
         state: the file's tensors.
         model: the base model, or the PeftModel that the adapter is to join.
         config: the adapter's FrodConfig.
+        adapter: its name when ``state`` is on its way into the adapter, with the keys of modules_to_save renamed. It
+            may then be a part, and PEFT itself compares the shapes of what is not FRoD's.
+        ignore_mismatched: let tensors that are not FRoD's have another shape: PEFT was told to leave them out.
 
     Raises:
         ValueError: names the key, and the entry where there is one.
     """
-    layers = _layers(state, _base_model(model))
+    check_numbers(vars(config))
+    root = base_model(model)
+    targets = target_layers(root, config)
+    expected = _expectations(model, config, targets)
+    layers = with_aliases(root, targets)
+    _check_keys(state, Passengers(root, config, adapter), layers, expected, adapter is None and not ignore_mismatched)
     if config.save_projection:
-        for category in sorted({category for category, _ in layers.values()}):
+        for category in expected:
             for prefix in (V, INDICES, SIZE):
                 if prefix + category not in state:
                     raise ValueError(
                         f"'{prefix}{category}' is missing: the adapter's config says that its projections were saved "
                         "(save_projection=True). Made anew they need not be those it was trained with."
                     )
-    expected = _expectations(model, config, layers)
-    lengths = {name: category.nnz for name, category in expected.items()}
     for name in _categories(state):
-        n = _check_projection(state, name, expected.get(name))
-        if n is not None and INDICES + name in state:
-            lengths[name] = _check_pattern(state[INDICES + name], n, name, expected.get(name))
+        _check_projection(state, name, expected[name].n)
+        if INDICES + name in state:
+            _check_pattern(state[INDICES + name], name, expected[name])
     for path, (category, n) in layers.items():
-        for key, length in ((path + LAMBDA, n), (path + VALUES, lengths.get(category))):
-            if key in state and length is not None:
+        for suffix, length in ((LAMBDA, n), (VALUES, expected[category].nnz)):
+            keys = [key for key in (PREFIX + path + suffix, path + suffix) if key in state]
+            if not keys and adapter is None and path in targets:
+                raise ValueError(f"'{PREFIX}{path}{suffix}' is missing: the adapter's config targets that layer")
+            for key in keys:
                 check_floats(state[key], (length,), f"'{key}'")
+
+
+def _check_keys(
+    state: Mapping[str, Tensor],
+    passengers: Passengers,
+    layers: Mapping[str, Target],
+    expected: Mapping[str, _Category],
+    compare_shapes: bool,
+) -> None:
+    """Nothing in the file but what PEFT writes: whatever else names a tensor of the model would overwrite it."""
+    ours = {path + suffix for path in layers for suffix in (LAMBDA, VALUES)}
+    ours |= {prefix + category for category in expected for prefix in (V, INDICES, SIZE)}
+    embeddings = []
+    for key, tensor in state.items():
+        inner = key.removeprefix(PREFIX)
+        if inner in ours:
+            continue
+        there = passengers.find(inner)
+        if there is None:
+            raise ValueError(f"'{key}' does not belong in this adapter's file: {_why_not(inner, passengers)}")
+        # a partitioned weight is empty here, a quantised one packed
+        if compare_shapes and there.is_floating_point() and there.numel() and there.shape != tensor.shape:
+            raise ValueError(f"'{key}' must have shape {list(there.shape)}, got {list(tensor.shape)}")
+        if passengers.is_embedding(inner):
+            embeddings.append(key)
+    if embeddings and compare_shapes:
+        logger.warning("the adapter's file replaces embeddings of the base model: %s", ", ".join(embeddings))
+
+
+def _why_not(key: str, passengers: Passengers) -> str:
+    if "frod_" in key:
+        return "the model has no such FRoD tensor among the layers that the adapter's config targets"
+    if key in passengers.plain or key.replace(".base_layer.", ".") in passengers.plain:
+        return "it would overwrite the base model, and the adapter's config neither trains nor saves it"
+    return "the model has no such tensor, or the adapter's config neither trains nor saves it"
 
 
 def _categories(state: Mapping[str, Tensor]) -> list[str]:
@@ -117,9 +149,8 @@ def _categories(state: Mapping[str, Tensor]) -> list[str]:
     return sorted({key.removeprefix(p) for key in state for p in prefixes if key.startswith(p)})
 
 
-def _check_projection(state: Mapping[str, Tensor], name: str, expected: _Category | None) -> int | None:
-    """Check V and the size of a category; returns n, or None when nothing tells it."""
-    n = None if expected is None else expected.n
+def _check_projection(state: Mapping[str, Tensor], name: str, n: int) -> None:
+    """Check V and the size of a category."""
     v = state.get(V + name)
     if v is not None:
         key = f"'{V}{name}'"
@@ -127,23 +158,20 @@ def _check_projection(state: Mapping[str, Tensor], name: str, expected: _Categor
             raise ValueError(f"{key} must be float32, float64, bfloat16 or float16, got {v.dtype}")
         if v.dim() != 2 or v.shape[0] != v.shape[1]:
             raise ValueError(f"{key} must be square, got {list(v.shape)}")
-        if n is not None and v.shape[0] != n:
+        if v.shape[0] != n:
             raise ValueError(f"{key} is {v.shape[0]} x {v.shape[0]}, but the model's layers have {n} inputs")
         if not bool(torch.isfinite(v).all()):
             raise ValueError(f"{key} holds entries that are not finite")
-        n = int(v.shape[0])
-    if n is not None and SIZE + name in state:
+    if SIZE + name in state:
         check_size(state[SIZE + name], n, f"'{SIZE}{name}'")
-    return n
 
 
-def _check_pattern(indices: Tensor, n: int, name: str, expected: _Category | None) -> int:
-    """Check the indices of a category; returns their number."""
+def _check_pattern(indices: Tensor, name: str, expected: _Category) -> None:
+    """Check the indices of a category."""
     key = f"'{INDICES}{name}'"
-    nnz = check_indices(indices, n, key).nnz
-    if expected is not None and expected.nnz is not None and nnz != expected.nnz:
+    nnz = check_indices(indices, expected.n, key).nnz
+    if nnz != expected.nnz:
         raise ValueError(
             f"{key} has {nnz} entries, but the adapter's sparse_rate, or an adapter that is loaded already, makes it "
             f"{expected.nnz}: PEFT cannot load it"
         )
-    return nnz

@@ -23,7 +23,7 @@ class FastFrodModel(FrodModel):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        check_adapter_file(state_dict, model, config)
+        check_adapter_file(state_dict, model, config, adapter=adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -7,17 +7,20 @@ import contextvars
 import functools
 import inspect
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.frod import FrodConfig
-from peft.utils import load_peft_weights
+from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor, nn
 
 from frodkernels.peft.frod_file import check_adapter_file
+from frodkernels.peft.frod_keys import check_numbers
 from frodkernels.peft.frod_model import FastFrodModel
 from frodkernels.peft.snapshot import undone_on_failure
 from frodkernels.peft.swap import swap
@@ -72,10 +75,24 @@ def _peft_type(model_id: Any, config: Any, hub: dict[str, Any]) -> Any:
         return None
 
 
+def _read_config(model_id: Any, hub: dict[str, Any]) -> Any:
+    try:
+        return FrodConfig.from_pretrained(model_id, **hub)
+    except TypeError as error:  # PEFT compares numbers without asking whether they are
+        file = Path(str(model_id), hub.get("subfolder") or "", CONFIG_NAME)
+        if file.is_file():
+            check_numbers(json.loads(file.read_text()))
+        raise ValueError(f"the adapter's {CONFIG_NAME} holds a value of a wrong type: {error}") from error
+
+
 def _read(model_id: Any, config: Any, key_mapping: Any, hub: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    config = config or FrodConfig.from_pretrained(model_id, **hub)
+    config = config or _read_config(model_id, hub)
     # load_peft_weights writes to the keywords it is given
     return config, load_peft_weights(model_id, device="cpu", key_mapping=key_mapping, **dict(hub))
+
+
+def _ignores_mismatched(given: dict[str, Any]) -> bool:
+    return bool(given.get("kwargs", {}).get("ignore_mismatched_sizes", False))
 
 
 def _overwritten(model: nn.Module, state: Iterable[str], adapter: str) -> list[Tensor]:
@@ -121,7 +138,7 @@ def _from_pretrained(original: classmethod) -> classmethod:
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
         config, state = _read(model_id, given["config"], key_mapping, hub)
-        check_adapter_file(state, model, config)
+        check_adapter_file(state, model, config, ignore_mismatched=_ignores_mismatched(given))
         token = _inside_load.set(True)
         try:
             with undone_on_failure(model, _overwritten(model, state, adapter)):
@@ -154,7 +171,7 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _is_frod(_peft_type(model_id, config, hub)):
             return original(self, *args, **kwargs)
         config, state = _read(model_id, config, given["key_mapping"], hub)
-        check_adapter_file(state, self, config)
+        check_adapter_file(state, self, config, ignore_mismatched=_ignores_mismatched(given))
         with undone_on_failure(self, _overwritten(self, state, adapter)):
             swap(self)  # fast layers give a further adapter projections of its own
             result = original(self, *args, **kwargs)

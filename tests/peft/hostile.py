@@ -49,6 +49,37 @@ def _drop_projections(state):
         del state[key]
 
 
+def _without_layers(change):
+    """The file says nothing of the layers of "up"; what it says of their projections must hold all the same."""
+
+    def both(state):
+        for key in [key for key in state if ".up.frod_lambda" in key]:
+            del state[key]
+        change(state)
+
+    return both
+
+
+def _of_twenty(state):
+    state["base_model.frod_V.up"] = torch.eye(20)
+    state["base_model.frod_s_size.up"] = torch.tensor([20, 20])
+    state[UP] = state[UP][:, (state[UP] < 20).all(0)].contiguous()
+
+
+def _only_an_index(state):
+    del state["base_model.frod_V.up"], state["base_model.frod_s_size.up"]
+    state[UP][0, 3] = 10**6
+
+
+def _add(key, tensor):
+    def change(state):
+        state[key] = tensor.clone()
+
+    return change
+
+
+BASE, HEAD = "base_model.model.blocks.0.up.base_layer.weight", "base_model.model.head.weight"
+
 # name -> (what is done to a good file, what the message must name)
 FILES = {
     "row of n": (_set(UP, 0, 3, value=24), [UP, "rows[3] = 24"]),
@@ -85,6 +116,22 @@ FILES = {
     "no projections": (_drop_projections, ["projection"]),
     "no V": (lambda state: state.pop("base_model.frod_V.down"), ["frod_V.down", "missing"]),
     "no indices": (lambda state: state.pop(UP), [UP, "missing"]),
+    "no lambda": (lambda state: state.pop(LAMBDA), [LAMBDA, "missing"]),
+    "no values": (lambda state: state.pop(VALUES), [VALUES, "missing"]),
+    "no layers": (_without_layers(lambda state: None), [".up.frod_lambda", "missing"]),
+    "no layers, another size": (_without_layers(_of_twenty), ["frod_V.up", "20 x 20", "24"]),
+    "no layers, short indices": (_without_layers(_swap(UP, lambda t: t[:, :3])), [UP, "3 entries", "57"]),
+    "no layers, only an index": (_without_layers(_only_an_index), ["frod_V.up", "missing"]),
+    "lambda of a named adapter": (_add(LAMBDA + ".default", torch.ones(3)), [LAMBDA + ".default", "no such FRoD"]),
+    "U": (_add(LAMBDA.replace("lambda_l", "U"), torch.ones(3)), ["blocks.1.up.frod_U"]),
+    "layer out of nowhere": (_add(LAMBDA.replace("1", "7"), torch.ones(24)), ["blocks.7.up.frod_lambda_l"]),
+    "category out of nowhere": (_add("base_model.frod_V.side", torch.eye(3)), ["frod_V.side"]),
+    "base weight": (_add(BASE, torch.zeros(40, 24)), [BASE, "overwrite the base model"]),
+    "base weight of another shape": (_add(BASE, torch.zeros(40, 3)), [BASE, "overwrite the base model"]),
+    "base bias": (_add(BASE.replace("weight", "bias"), torch.zeros(40)), ["up.base_layer.bias"]),
+    "head": (_add(HEAD, torch.zeros(3, 24)), [HEAD, "overwrite the base model"]),
+    "another adapter's lambda": (_add(LAMBDA + ".other", torch.ones(24)), [LAMBDA + ".other"]),
+    "unknown": (_add("surprise", torch.ones(1)), ["surprise"]),
 }
 
 

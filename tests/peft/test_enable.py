@@ -159,7 +159,7 @@ def test_failed_add_adapter_leaves_nothing():
     assert torch.equal(model(x()), want)
 
 
-def test_failed_load_leaves_a_transformers_model_as_it_was(tmp_path):
+def test_failed_load_leaves_a_transformers_model_as_it_was(tmp_path, monkeypatch, caplog):
     from safetensors.torch import load_file, save_file
 
     frod(bert(), target_modules=["query", "value"], task_type="SEQ_CLS").save_pretrained(tmp_path)
@@ -180,8 +180,17 @@ def test_failed_load_leaves_a_transformers_model_as_it_was(tmp_path):
     save_file({**state, key: state[key][:-1].clone()}, file)
     attempt(ValueError)  # refused before anything is injected
     overwrites = {"base_model.model.bert.embeddings.word_embeddings.weight": torch.zeros(50, 32)}
-    save_file({**state, **overwrites, "base_model.model.classifier.weight": torch.zeros(1, 1)}, file)
-    attempt(RuntimeError)  # PEFT finds out half way through
+    save_file({**state, "base_model.model.classifier.weight": torch.zeros(1, 1)}, file)
+    attempt(ValueError)
+    save_file({**state, **overwrites}, file)
+    with monkeypatch.context() as patch:  # what PEFT has overwritten by then is put back
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("late")
+
+        patch.setattr("frodkernels.peft.hooks._report", fail)
+        attempt(RuntimeError)
+    assert "replaces embeddings of the base model" in caplog.text
     save_file(state, file)
     with fk.peft.enabled():
         assert fast(PeftModel.from_pretrained(base, tmp_path))
