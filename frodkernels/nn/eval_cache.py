@@ -90,7 +90,7 @@ class CacheBudget:
 
     @property
     def used(self) -> int:
-        return sum(cache.nbytes for cache in self._caches)
+        return sum(cache.nbytes for cache in list(self._caches))  # another thread may be adding its own
 
     def _admits(self, nbytes: int, device: torch.device) -> bool:
         if self.limit is not None:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that says what to do when PEFT is missing or too old."""
+"""What every entry point asks first: is there a usable PEFT, and is this a model?"""
 
 from __future__ import annotations
 
 import importlib
+
+from torch import nn
 
 
 def require_peft() -> None:
@@ -26,3 +28,9 @@ def require_peft() -> None:
         raise ImportError(
             f"PEFT {version} has no usable FRoD tuner ({error}). Install a newer one: pip install 'peft>=0.21.2'"
         ) from error
+
+
+def require_module(model: object) -> None:
+    """Raises ValueError when ``model`` is no module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}")

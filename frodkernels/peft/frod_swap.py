@@ -27,6 +27,7 @@ class PreparedFrod:
     replace: dict[str, Tensor] = field(default_factory=dict)
     rederived: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def commit(self, budget: CacheBudget) -> None:
         layer = self.module
@@ -97,6 +98,7 @@ class FrodTuner:
 
     def __init__(self) -> None:
         self._bases = Bases()
+        self._lost: list[Tensor] = []  # the V that adapters share, once reported
 
     def why_not(self, module: Any) -> str | None:
         if type(module) not in (self.layer, self.fast):
@@ -135,7 +137,23 @@ class FrodTuner:
             if verdict.U is not None:
                 prepared.replace[adapter] = verdict.U
                 prepared.rederived[adapter] = verdict.off
+        self._warn_of_lost_bases(prepared)
         return prepared
+
+    def _warn_of_lost_bases(self, prepared: PreparedFrod) -> None:
+        """Plain PEFT hands a later adapter the earlier one's V, and loading the later one's file overwrites it."""
+        stored = prepared.module.frod_V
+        for adapter in prepared.rederived:
+            V = stored[adapter]
+            sharing = [name for name in prepared.plans if stored[name] is V]
+            if len(sharing) > 1 and not any(V is lost for lost in self._lost):
+                self._lost.append(V)
+                earlier, last = ", ".join(f"'{name}'" for name in sharing[:-1]), sharing[-1]
+                prepared.warnings.append(
+                    f"{prepared.name} and its like: adapter {earlier} shares V and the pattern of S with '{last}', "
+                    f"whose file has overwritten them. What {earlier} was trained with is lost: load its file again, "
+                    "inside enabled()"
+                )
 
     def budget(self, module: Any) -> CacheBudget | None:
         slot = getattr(module, "_fast", None)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from frodkernels.peft._require import require_peft
+from frodkernels.peft._require import require_module, require_peft
 
 _KIND = {"frod_lambda_l": "frod_lambda", "frod_lambda_s_values": "frod_values"}
 
@@ -27,6 +27,7 @@ def param_groups(
         ``[{"params": [...], "lr": ..., "name": ...}, ...]`` without empty groups; every parameter once.
     """
     require_peft()
+    require_module(model)
     from peft.tuners.frod.layer import FrodLayer
 
     kinds: dict[int, str] = {}

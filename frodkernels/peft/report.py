@@ -3,8 +3,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+
+def percent(off: float, digits: int = 0) -> str:
+    """A relative difference for people: beyond ten times the number itself says nothing."""
+    return f"{off:.{digits}%}" if off <= 10 else "> 1000 %"  # NaN included
+
+
+def worst(offs: Iterable[float]) -> str:
+    return percent(max(math.inf if math.isnan(off) else off for off in offs))
 
 
 @dataclass
@@ -70,8 +81,7 @@ class SwapReport:
             reasons = Counter(self.skipped.values()).most_common()
             parts.append(f"{len(self.skipped)} skipped ({'; '.join(f'{n} x {why}' for why, n in reasons)})")
         if self.rederived:
-            worst = max(self.rederived.values())
-            parts.append(f"U re-derived in {len(self.rederived)} (was wrong by up to {worst:.0%})")
+            parts.append(f"U re-derived in {len(self.rederived)} (was wrong by up to {worst(self.rederived.values())})")
         return ", ".join(parts)
 
     def __repr__(self) -> str:
@@ -80,6 +90,6 @@ class SwapReport:
         for layer in self.layers:
             what = layer.why if layer.status == "skipped" else layer.details
             lines.append(f"  {layer.name or '(root)':<{width}}  {layer.tuner}  {layer.status:<7}  {what}".rstrip())
-        lines += [f"  U re-derived: {where}, was off by {off:.2%}" for where, off in self.rederived.items()]
+        lines += [f"  U re-derived: {where}, was off by {percent(off, 2)}" for where, off in self.rederived.items()]
         lines += [f"  note: {note}" for note in self.notes]
         return "\n".join(lines)

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from frodkernels.nn.eval_cache import CacheBudget
-from frodkernels.peft._require import require_peft
-from frodkernels.peft.report import LayerReport, SwapReport
+from frodkernels.peft._require import require_module, require_peft
+from frodkernels.peft.report import LayerReport, SwapReport, worst
 from frodkernels.peft.tuners import Prepared, Tuner, tuners
 
 logger = logging.getLogger("frodkernels")
@@ -37,10 +37,12 @@ def accelerate(model: nn.Module, *, eval_cache: int | bool | None = None) -> Swa
         A SwapReport: per layer swapped, already fast, or skipped and why.
 
     Raises:
-        ValueError: an adapter's tensors are broken (bad indices, sizes, lengths, dtypes); nothing was changed.
+        ValueError: ``model`` is no module, or an adapter's tensors are broken (bad indices, sizes, lengths, dtypes);
+            nothing was changed.
         ImportError: PEFT is not installed.
     """
     require_peft()
+    require_module(model)
     report = swap(model, _limit(eval_cache))
     logger.info("accelerate: %s", report.summary())
     return report
@@ -89,12 +91,14 @@ def swap(model: nn.Module, limit: int | None | str = "keep", *, injected: str | 
         line.details = prepared.describe()
         _retarget_hook(prepared.module, tuner.layer, tuner.fast)
         report.rederived.update({f"{line.name} ({adapter})": off for adapter, off in prepared.rederived.items()})
-        report.notes += prepared.notes
+        report.notes += prepared.notes + prepared.warnings
+        for warning in prepared.warnings:
+            logger.warning("%s", warning)
     if report.rederived:
         logger.warning(
-            "U did not belong to the loaded V in %d layers (off by up to %.0f %%) and was derived again: %s",
+            "U did not belong to the loaded V in %d layers (off by up to %s) and was derived again: %s",
             len(report.rederived),
-            100 * max(report.rederived.values()),
+            worst(report.rederived.values()),
             ", ".join(report.rederived),
         )
     return report
@@ -113,6 +117,7 @@ def restore(model: nn.Module) -> None:
     Corrected U factors stay: the plain layers need them as much.
     """
     require_peft()
+    require_module(model)
     from frodkernels.peft.frod_model import plain_tuner
 
     serving = tuners()
@@ -132,6 +137,7 @@ def invalidate(model: nn.Module) -> None:
     the frozen U or V anywhere; every other change is seen.
     """
     require_peft()
+    require_module(model)
     serving = tuners()
     for module in model.modules():
         for tuner in serving:

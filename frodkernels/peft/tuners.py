@@ -16,6 +16,7 @@ class Prepared(Protocol):
     """One layer, checked and ready to be changed; nothing has been changed yet.
 
     rederived: adapter -> how far its U was off.
+    notes, warnings: for the report; warnings are logged as well.
     """
 
     @property
@@ -26,6 +27,9 @@ class Prepared(Protocol):
 
     @property
     def notes(self) -> list[str]: ...
+
+    @property
+    def warnings(self) -> list[str]: ...
 
     def commit(self, budget: CacheBudget) -> None:
         """Make the change. Does not fail."""

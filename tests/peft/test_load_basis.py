@@ -268,3 +268,51 @@ def test_second_adapter_of_another_basis_survives_accelerate(tmp_path):
     before = model(x())
     assert not fk.peft.accelerate(model).rederived
     assert torch.equal(model(x()), before)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_basis_overwritten_under_a_live_model(tmp_path, caplog, assign):
+    """V alone, by load_state_dict: the next forward has the U that belongs to it."""
+    model = frod().eval()
+    fk.peft.accelerate(model)
+    model(x())
+    with torch.no_grad():
+        model(x())
+    flipped = {}
+    for key, V in model.state_dict().items():
+        if "frod_V" in key:
+            flipped[key] = V * torch.where(torch.arange(len(V)) % 2 == 0, 1.0, -1.0)
+    with caplog.at_level(logging.WARNING, logger="frodkernels"):
+        model.load_state_dict(flipped, strict=False, assign=assign)
+        got = model(x())
+    assert "was overwritten" in caplog.text
+    for layer in layers(model):
+        want, _ = derive(layer.get_base_layer().weight, layer.frod_V["default"], Bases())
+        assert torch.equal(layer.frod_U["default"], want)
+    with torch.no_grad():
+        close(model(x()), got)
+    assert not fk.peft.accelerate(model).rederived
+
+
+def test_moving_and_casting_is_not_overwriting(caplog, monkeypatch):
+    model = frod().eval()
+    fk.peft.accelerate(model)
+    monkeypatch.setattr(Bases, "factored", lambda self, V: pytest.fail("nothing to judge"))
+    with caplog.at_level(logging.WARNING, logger="frodkernels"):
+        for dtype in (torch.bfloat16, torch.float64):
+            model.to(dtype)
+            model(x(dtype=dtype))
+        model(x(dtype=torch.float64))
+    assert not caplog.text
+
+
+def test_a_basis_that_plain_peft_overwrote_is_said_to_be_lost(tmp_path, caplog):
+    made_elsewhere(tmp_path)
+    model = frod().eval()
+    model.load_adapter(tmp_path, "elsewhere")
+    with caplog.at_level(logging.WARNING, logger="frodkernels"):
+        report = fk.peft.accelerate(model)
+    notes = [note for note in report.notes if "lost" in note]
+    assert len(notes) == 2  # one for each category
+    assert all("'default'" in note and "'elsewhere'" in note and "load its file again" in note for note in notes)
+    assert notes[0] in caplog.text and notes[0] in repr(report)

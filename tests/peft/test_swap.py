@@ -257,3 +257,16 @@ for call in (lambda: fk.peft.accelerate(torch.nn.Linear(2, 2)), lambda: fk.peft.
 def test_import_does_not_import_peft():
     code = "import sys, frodkernels; sys.exit('peft' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("off, said", [(0.256, "26%"), (9.0, "900%"), (1e38, "> 1000 %"), (float("nan"), "> 1000 %")])
+def test_summary_is_readable(off, said):
+    summary = fk.peft.SwapReport(rederived={"a": 0.1, "b": off}, layers=[fk.peft.LayerReport("a", "FRoD", "swapped")])
+    assert f"up to {said})" in summary.summary() and len(repr(summary)) < 400
+
+
+@pytest.mark.parametrize("model", [None, "x", 3, Tiny])
+@pytest.mark.parametrize("call", ["accelerate", "restore", "invalidate", "param_groups"])
+def test_not_a_model(call, model):
+    with pytest.raises(ValueError, match="model must be a torch.nn.Module"):
+        getattr(fk.peft, call)(model, *([1e-3] if call == "param_groups" else []))
