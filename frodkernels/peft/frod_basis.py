@@ -63,7 +63,7 @@ def origin_of(V: Tensor) -> Origin:
     known = _DIGESTS.get(V)
     if known is None or known[0] != version(V):
         known = _DIGESTS[V] = (version(V), digest(V))
-    return Origin(weakref.ref(V), *known, V.dtype)
+    return Origin(weakref.ref(V), known[0], known[1], V.dtype)
 
 
 @dataclass
