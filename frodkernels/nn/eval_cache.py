@@ -13,6 +13,7 @@ step at the price of one linear layer. A stale W is a silently wrong answer, so 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from torch.autograd import forward_ad
 from frodkernels.pattern import SparsePattern
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_members = threading.Lock()  # a WeakSet may not grow in one thread while another walks it
 _SPARE = 0.1  # of a CUDA device's memory that a cache without a limit leaves free
 
 
@@ -90,7 +92,9 @@ class CacheBudget:
 
     @property
     def used(self) -> int:
-        return sum(cache.nbytes for cache in list(self._caches))  # another thread may be adding its own
+        with _members:
+            caches = list(self._caches)
+        return sum(cache.nbytes for cache in caches)
 
     def _admits(self, nbytes: int, device: torch.device) -> bool:
         if self.limit is not None:
@@ -117,7 +121,8 @@ class EvalCache:
 
     def __init__(self, budget: CacheBudget | None = None) -> None:
         self.budget = CacheBudget() if budget is None else budget
-        self.budget._caches.add(self)
+        with _members:
+            self.budget._caches.add(self)
         self._entry: tuple[_Key, Tensor] | None = None
 
     @property

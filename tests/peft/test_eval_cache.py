@@ -238,3 +238,26 @@ def test_inference_mode(pair):
         for _ in range(3):
             close(ours(x()), plain(x()))
     both(ours, plain)
+
+
+def test_caches_may_come_and_go_in_other_threads():
+    import threading
+
+    from frodkernels.nn.eval_cache import CacheBudget, EvalCache
+
+    budget, errors = CacheBudget(10**6), []
+
+    def work():
+        try:
+            for _ in range(300):
+                keep = [EvalCache(budget) for _ in range(5)]
+                assert budget.used == 0 and keep
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
