@@ -279,30 +279,27 @@ static void backward_as(const Product& a, int64_t begin, int64_t end) {
       a, [&](auto n, auto index) { backward_tasks<S, n.value, decltype(index)>(a, begin, end); });
 }
 
-static void forward(const Product& a, int64_t begin, int64_t end) {
+// run(storage type tag) for the type of `a`.
+template <typename F>
+static void by_storage(const Product& a, F run) {
   switch (a.type) {
     case Scalar::kF32:
-      return forward_as<F32>(a, begin, end);
+      return run(F32{});
     case Scalar::kF64:
-      return forward_as<F64>(a, begin, end);
+      return run(F64{});
     case Scalar::kBF16:
-      return forward_as<BF16>(a, begin, end);
+      return run(BF16{});
     case Scalar::kF16:
-      return forward_as<F16>(a, begin, end);
+      return run(F16{});
   }
 }
 
+static void forward(const Product& a, int64_t begin, int64_t end) {
+  by_storage(a, [&](auto storage) { forward_as<decltype(storage)>(a, begin, end); });
+}
+
 static void backward(const Product& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Scalar::kF32:
-      return backward_as<F32>(a, begin, end);
-    case Scalar::kF64:
-      return backward_as<F64>(a, begin, end);
-    case Scalar::kBF16:
-      return backward_as<BF16>(a, begin, end);
-    case Scalar::kF16:
-      return backward_as<F16>(a, begin, end);
-  }
+  by_storage(a, [&](auto storage) { backward_as<decltype(storage)>(a, begin, end); });
 }
 
 extern const Kernels kKernels;

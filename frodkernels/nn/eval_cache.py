@@ -29,7 +29,7 @@ _members = threading.Lock()  # a WeakSet may not grow in one thread while anothe
 _SPARE = 0.1  # of a CUDA device's memory that a cache without a limit leaves free
 
 
-def _version(tensor: Tensor) -> int:
+def version(tensor: Tensor) -> int:
     """The version counter; -1 for tensors made under inference_mode, which have none."""
     return -1 if tensor.is_inference() else tensor._version
 
@@ -43,10 +43,10 @@ class _Identity(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Identity:
-        return cls(weakref.ref(tensor), _version(tensor), tensor.data_ptr())
+        return cls(weakref.ref(tensor), version(tensor), tensor.data_ptr())
 
     def holds(self, tensor: Tensor) -> bool:
-        return self.ref() is tensor and self.version == _version(tensor) and self.address == tensor.data_ptr()
+        return self.ref() is tensor and self.version == version(tensor) and self.address == tensor.data_ptr()
 
 
 class _Bits(NamedTuple):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from frodkernels.peft.frod_plan import version
+from frodkernels.nn.eval_cache import version
 
 PROBES = 8
 FRESH = 1e-4  # relative residual of an untrained adapter's reconstruction, float32

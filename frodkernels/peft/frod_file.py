@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.peft.frod_keys import (
     INDICES,
     LAMBDA,
@@ -28,7 +29,7 @@ from frodkernels.peft.frod_keys import (
     target_layers,
     with_aliases,
 )
-from frodkernels.peft.frod_plan import FLOATS, check_floats, check_indices, check_size
+from frodkernels.peft.frod_plan import check_floats, check_indices, check_size
 
 logger = logging.getLogger("frodkernels")
 

@@ -13,14 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from frodkernels.nn.eval_cache import version
+from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.pattern import SparsePattern
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def version(tensor: Tensor) -> int:
-    """The version counter; -1 for tensors made under inference_mode, which have none."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ from torch import Tensor
 from frodkernels._backends import DEVICES, select
 from frodkernels.functional.frod_path import NOMINAL_TOKENS, costs
 from frodkernels.nn.eval_cache import CacheBudget
+from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.peft.frod_basis import Bases, Origin, judge, origin_of
 from frodkernels.peft.frod_layer import FastFrodLinear, PeftFrodLinear, Slot
-from frodkernels.peft.frod_plan import FLOATS, Plan, plan_adapter
+from frodkernels.peft.frod_plan import Plan, plan_adapter
 
 
 @dataclass
