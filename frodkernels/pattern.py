@@ -73,11 +73,16 @@ def _check_index(index: Tensor, name: str, size: int) -> Tensor:
     return index
 
 
+def _sorted_keys(major: Tensor, minor: Tensor, n_minor: int) -> tuple[Tensor, int | None]:
+    """The order that sorts entries by (major, minor), and the COO position of a duplicate, if there is one."""
+    key, perm = torch.sort(major * max(n_minor, 1) + minor)  # < 2^62
+    twin = (key[1:] == key[:-1]).nonzero()
+    return perm, int(torch.maximum(perm[twin[0]], perm[twin[0] + 1])) if twin.numel() else None
+
+
 def _compress(groups: Tensor, others: Tensor, n_groups: int, n_others: int) -> tuple[Compressed, int | None]:
     """Group the entries by ``groups``, ascending; also the COO position of a duplicate, if there is one."""
-    key, perm = torch.sort(groups * max(n_others, 1) + others)  # < 2^62
-    twin = (key[1:] == key[:-1]).nonzero()
-    duplicate = int(torch.maximum(perm[twin[0]], perm[twin[0] + 1])) if twin.numel() else None
+    perm, duplicate = _sorted_keys(groups, others, n_others)
     counts = torch.bincount(groups, minlength=n_groups)
     indptr = torch.zeros(n_groups + 1, dtype=torch.int32, device=groups.device)
     indptr[1:] = counts.cumsum(0)
@@ -123,10 +128,9 @@ class SparsePattern:
         if max(m, n) <= _EAGER:
             self._plan()
         else:  # a huge, nearly empty pattern: no O(m + n) allocation before anything needs it
-            key = torch.sort(rows * n + cols)
-            twin = (key.values[1:] == key.values[:-1]).nonzero()
-            if twin.numel():
-                self._raise_duplicate(int(torch.maximum(key.indices[twin[0]], key.indices[twin[0] + 1])))
+            _, duplicate = _sorted_keys(rows, cols, n)
+            if duplicate is not None:
+                self._raise_duplicate(duplicate)
 
     @classmethod
     def from_coo(cls, indices: Tensor, shape: Sequence[int]) -> SparsePattern:

@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from frodkernels.reference.sparse_core import accumulator, new_features
+
 from ._config import FLAT, MAX_GRID_Y, TileConfig, tile_config, token_splits
 from .sparse_core_kernels import (
     gather_values_kernel,
@@ -64,10 +66,6 @@ def _check(
         raise ValueError(f"lam must be [{groups}], got {list(lam.shape)}")
 
 
-def _accumulator(features: Tensor, values: Tensor) -> torch.dtype:
-    return torch.float64 if torch.float64 in (features.dtype, values.dtype) else torch.float32
-
-
 def _token_rows(features: Tensor) -> Tensor:
     """Rows of adjacent tokens: gathering any other layout would move a whole sector for every element."""
     return features if features.stride(1) == 1 or features.shape[1] == 1 else features.contiguous()
@@ -85,11 +83,6 @@ def _config(features: Tensor, acc: torch.dtype, token_major: bool) -> TileConfig
     itemsize = 8 if acc == torch.float64 else features.element_size()
     lanes = 64 if torch.version.hip is not None else 32
     return tile_config(itemsize, features.shape[1], token_major, lanes)
-
-
-def _new_features(like: Tensor, rows: int, token_major: bool) -> Tensor:
-    T = like.shape[1]
-    return like.new_empty(T, rows).t() if token_major else like.new_empty(rows, T)
 
 
 def _gather_values(values: Tensor, perm: Tensor, acc: torch.dtype) -> Tensor:
@@ -116,13 +109,13 @@ def sparse_core(
     with _device_guard(z, "z"):
         _check({"z": z}, lam, values, indptr, indices, perm)
         T, n_out = z.shape[1], indptr.numel() - 1
-        out = _new_features(z, n_out, token_major)
+        out = new_features(z, n_out, token_major)
         if out.numel() == 0:
             return out
         if lam is None and values.numel() == 0:
             return out.zero_()
         z = _token_rows(z)
-        acc = _accumulator(z, values)
+        acc = accumulator(z, values)
         config = _config(z, acc, token_major)
         unit = _unit(z.element_size(), T, z.stride(0))
         grid = (triton.cdiv(n_out, config.block_r), min(triton.cdiv(T, config.block_t), MAX_GRID_Y))
@@ -162,8 +155,8 @@ def sparse_core_backward(
         T, n, nnz = u.shape[1], indptr.numel() - 1, indices.numel()
         if z.shape != (n, T):
             raise ValueError(f"z must be [{n}, {T}], got {list(z.shape)}")
-        acc = _accumulator(u, values)
-        dz = _new_features(u, n, token_major) if needs[0] else u.new_empty(0)
+        acc = accumulator(u, values)
+        dz = new_features(u, n, token_major) if needs[0] else u.new_empty(0)
         if lam is None:
             dlam = values.new_empty(0, dtype=acc)
         else:

@@ -54,10 +54,7 @@ class FrodLinear(nn.Module):
     ) -> None:
         super().__init__()
         check_tensor(U, "U")
-        for name, frozen in (("U", U), ("V", V)):
-            if isinstance(frozen, Tensor) and frozen.requires_grad:
-                raise NotImplementedError(f"{name} requires grad, but U and V are frozen in FRoD: detach it first")
-        with torch.no_grad():  # every check of the factors, by the function that will use them
+        with torch.enable_grad():  # every check, of a trainable U or V too, by the function that uses them
             frod_linear(U.new_empty(0, U.shape[-1]), U, V, lam, values, pattern, bias, path=path)
         self.register_buffer("U", U.detach())
         self.register_buffer("V", V.detach())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from frodkernels import _backends, _ops
-from frodkernels.reference.sparse_core import accumulator
+from frodkernels.reference.sparse_core import accumulator, new_features
 
 FORWARD = "sparse_core"
 BACKWARD = "sparse_core_backward"
@@ -70,21 +70,16 @@ def check_backward(
     check_entries(lam, values, indices.shape[0], groups)
 
 
-def _new_features(like: Tensor, rows: int, token_major: bool) -> Tensor:
-    T = like.shape[1]
-    return like.new_empty(T, rows).t() if token_major else like.new_empty(rows, T)
-
-
 def _forward_fake(z, lam, values, indptr, indices, perm, token_major=False):
     check_forward(z, lam, values, indptr, indices, perm)
-    return _new_features(z, indptr.shape[0] - 1, token_major)
+    return new_features(z, indptr.shape[0] - 1, token_major)
 
 
 def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=False):
     check_backward(u, z, lam, values, indptr, indices, perm)
     dlam_dtype = accumulator(u, values) if lam is None else lam.dtype
     return (
-        _new_features(u, indptr.shape[0] - 1, token_major) if needs[0] else u.new_empty(0),
+        new_features(u, indptr.shape[0] - 1, token_major) if needs[0] else u.new_empty(0),
         values.new_empty(z.shape[0] if needs[1] and lam is not None else 0, dtype=dlam_dtype),
         values.new_empty(values.shape[0] if needs[2] else 0),
     )

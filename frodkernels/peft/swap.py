@@ -111,6 +111,12 @@ def _retarget_hook(module: Any, old: Any, new: Any) -> None:
         module._old_forward = types.MethodType(new.forward, module)
 
 
+def _fast_layers(model: nn.Module) -> list[tuple[Any, Any]]:
+    """(layer, its tuner) for every fast layer inside ``model``."""
+    serving = tuners()
+    return [(module, tuner) for module in model.modules() for tuner in serving if type(module) is tuner.fast]
+
+
 def restore(model: nn.Module) -> None:
     """Give the layers inside ``model`` their PEFT classes back. Merged layers are unmerged first, bit for bit.
 
@@ -120,13 +126,11 @@ def restore(model: nn.Module) -> None:
     require_module(model)
     from frodkernels.peft.frod_model import plain_tuner
 
-    serving = tuners()
+    for module, tuner in _fast_layers(model):
+        tuner.release(module)
+        module.__class__ = tuner.layer
+        _retarget_hook(module, tuner.fast, tuner.layer)
     for module in model.modules():
-        for tuner in serving:
-            if type(module) is tuner.fast:
-                tuner.release(module)
-                module.__class__ = tuner.layer
-                _retarget_hook(module, tuner.fast, tuner.layer)
         plain_tuner(module)
 
 
@@ -138,8 +142,5 @@ def invalidate(model: nn.Module) -> None:
     """
     require_peft()
     require_module(model)
-    serving = tuners()
-    for module in model.modules():
-        for tuner in serving:
-            if type(module) is tuner.fast:
-                tuner.drop_weights(module)
+    for module, tuner in _fast_layers(model):
+        tuner.drop_weights(module)

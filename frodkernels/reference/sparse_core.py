@@ -29,11 +29,10 @@ def _chunks(T: int, nnz: int) -> list[slice]:
     return [slice(t, t + step) for t in range(0, T, step)]
 
 
-def _in_layout(out: Tensor, token_major: bool) -> Tensor:
-    if not token_major:
-        return out.contiguous()
-    rows, T = out.shape
-    return out.new_empty(T, rows).copy_(out.t()).t()  # strides (1, rows) even where T is 1
+def new_features(like: Tensor, rows: int, token_major: bool) -> Tensor:
+    """Uninitialised [rows, T] features in the layout the ops return: contiguous, or strides (1, rows)."""
+    T = like.shape[1]
+    return like.new_empty(T, rows).t() if token_major else like.new_empty(rows, T)
 
 
 def sparse_core(
@@ -58,7 +57,8 @@ def sparse_core(
         out = tile.new_zeros(indptr.numel() - 1, tile.shape[1]) if lam is None else lam.to(acc).unsqueeze(1) * tile
         parts.append(out.index_add(0, owner, weight * tile[other]))
     out = torch.cat(parts, 1) if parts else z.new_zeros(indptr.numel() - 1, 0, dtype=acc)
-    return _in_layout(out.to(z.dtype), token_major)
+    out = out.to(z.dtype)
+    return new_features(z, out.shape[0], True).copy_(out) if token_major else out.contiguous()
 
 
 def sparse_core_backward(
