@@ -12,8 +12,8 @@ void launch(const void* z, const float* lam, void* out, int64_t n, int64_t T, in
             cudaStream_t stream) {
   const int64_t blocks = std::min(kMaxGridY, (T + kScaleThreads - 1) / kScaleThreads);
   const dim3 grid(static_cast<unsigned>(n), static_cast<unsigned>(blocks));
-  scale_rows_kernel<storage_t><<<grid, kScaleThreads, 0, stream>>>(static_cast<const storage_t*>(z), lam,
-                                                                   static_cast<storage_t*>(out), T, z_row, z_token);
+  SIMT_LAUNCH((scale_rows_kernel<storage_t>), grid, kScaleThreads, 0, stream, static_cast<const storage_t*>(z), lam,
+              static_cast<storage_t*>(out), T, z_row, z_token);
 }
 
 }  // namespace
@@ -32,8 +32,7 @@ const char* scale_rows(const void* z, const float* lam, void* out, Storage stora
       launch<__nv_bfloat16>(z, lam, out, n, T, z_row, z_token, stream);
       break;
   }
-  const cudaError_t status = cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  return gpu::launch_error();
 }
 
 }  // namespace frodkernels::cuda

@@ -10,10 +10,9 @@
 //          No shared memory, no atomics: two runs give the same bits.
 // Needs    n < 2^31; offsets are 64-bit. Torch-free on purpose.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
+
+#include "cuda/gpu.cuh"
 
 namespace frodkernels::cuda {
 

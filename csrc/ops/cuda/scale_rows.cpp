@@ -3,11 +3,11 @@
 // frodkernels::native_scale_rows(Tensor z, Tensor lam) -> Tensor on CUDA: checks, allocates, launches.
 #include "cuda/scale_rows.h"
 
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "ops/cuda/device.h"
 #include "ops/cuda/stream.h"
 
 namespace frodkernels::ops {
@@ -35,14 +35,17 @@ Tensor scale_rows(const Tensor& z, const Tensor& lam) {
   STD_TORCH_CHECK(lam.dim() == 1 && lam.size(0) == n, "native_scale_rows: lam must be [", n, "] to match z");
   STD_TORCH_CHECK(lam.scalar_type() == ScalarType::Float && lam.is_contiguous(),
                   "native_scale_rows: lam must be float32 and contiguous");
-  STD_TORCH_CHECK(lam.is_cuda() && lam.get_device_index() == z.get_device_index(),
+  STD_TORCH_CHECK(on_device(lam) && lam.get_device_index() == z.get_device_index(),
                   "native_scale_rows: lam must be on z's device");
   STD_TORCH_CHECK(n < (int64_t(1) << 31), "native_scale_rows: z has ", n, " rows; the grid takes fewer than 2^31");
   const cuda::Storage storage = storage_of(z);
 
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const DeviceGuard guard(z.get_device_index());
   const int64_t sizes[] = {n, T};
   Tensor out = torch::stable::new_empty(z, sizes);
+  observe(z, "z", Access::kRead);
+  observe(lam, "lam", Access::kRead);
+  observe(out, "out", Access::kWrite);
   const char* error =
       cuda::scale_rows(z.const_data_ptr(), static_cast<const float*>(lam.const_data_ptr()), out.mutable_data_ptr(),
                        storage, n, T, z.stride(0), z.stride(1), current_cuda_stream(z.get_device_index()));
@@ -53,6 +56,12 @@ Tensor scale_rows(const Tensor& z, const Tensor& lam) {
 }  // namespace
 }  // namespace frodkernels::ops
 
-STABLE_TORCH_LIBRARY_IMPL(frodkernels, CUDA, m) {
+#if defined(SIMT_EMU)
+STABLE_TORCH_LIBRARY_FRAGMENT(FRODKERNELS_OP_NAMESPACE, m) {
+  m.def("native_scale_rows(Tensor z, Tensor lam) -> Tensor");
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(FRODKERNELS_OP_NAMESPACE, FRODKERNELS_OP_DEVICE, m) {
   m.impl("native_scale_rows", TORCH_BOX(&frodkernels::ops::scale_rows));
 }

@@ -1,14 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The current CUDA stream, in a library that also loads where torch has no CUDA.
+// The current CUDA stream, in a library that also loads where torch has no CUDA. The executor has no streams.
 #pragma once
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/headeronly/util/Exception.h>
-#include <torch/headeronly/util/shim_utils.h>
-
 #include <cstdint>
 
 struct CUstream_st;
+
+#if defined(SIMT_EMU)
+
+namespace frodkernels::ops {
+
+inline CUstream_st* current_cuda_stream(int32_t) { return nullptr; }
+
+}  // namespace frodkernels::ops
+
+#else
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 // Weak: only a CUDA build of torch defines it, and a CPU build must load us all the same.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
@@ -24,3 +34,5 @@ inline CUstream_st* current_cuda_stream(int32_t device_index) {
 }
 
 }  // namespace frodkernels::ops
+
+#endif

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The executor of CUDA kernels: builds its modules when their sources have changed, and imports them.
+
+``plain()`` runs kernels fast, ``checker()`` checks and counts every memory access of theirs. Both are pybind11 modules
+(csrc/simt/module.cpp) and register the CUDA bindings for CPU tensors: ``torch.ops.simt`` and ``torch.ops.simt_check``.
+``asan_command`` runs a script in a process of its own under AddressSanitizer and UBSan with ``torch.ops.simt_asan``.
+
+By hand: ``python tests/simt/executor.py [_simt ...]`` builds (all modules when none is named).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "build" / "simt"
+MODULES = ("_simt", "_simt_check", "_simt_asan")
+
+
+class NoToolkit(Exception):
+    """The CUDA toolkit's headers are missing; the message says where they were looked for."""
+
+
+def tool(name: str, folder: str) -> str:
+    """cmake or ninja: of the wheel of that name, else on PATH."""
+    places = [os.environ.get("PATH", "")]
+    with contextlib.suppress(ImportError, AttributeError):
+        places.insert(0, getattr(importlib.import_module(name), folder))
+    path = shutil.which(name, path=os.pathsep.join(places))
+    if path is None:
+        raise FileNotFoundError(f"{name} not found: pip install {name}")
+    return path
+
+
+@contextlib.contextmanager
+def locked():
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with open(FOLDER / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode == 0:
+        return
+    if "the executor needs the CUDA toolkit" in done.stdout:
+        raise NoToolkit(done.stdout[done.stdout.index("the executor needs") :].strip())
+    raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
+
+
+@functools.cache
+def build(*modules: str) -> None:
+    """Bring the modules up to date, once per process. Raises NoToolkit, or RuntimeError with the compiler's words."""
+    import torch
+
+    cmake, ninja = tool("cmake", "CMAKE_BIN_DIR"), tool("ninja", "BIN_DIR")
+    with locked():
+        settings = {
+            "FRODKERNELS_SIMT": "ON",
+            "FRODKERNELS_TORCH_DIR": Path(torch.__file__).parent,
+            "Python_EXECUTABLE": sys.executable,
+            "CMAKE_BUILD_TYPE": "None",
+            "CMAKE_MAKE_PROGRAM": ninja,
+        }
+        stamp = FOLDER / ".settings"
+        if not (FOLDER / "build.ninja").exists() or not stamp.exists() or stamp.read_text() != str(settings):
+            stamp.unlink(missing_ok=True)
+            defines = [f"-D{name}={value}" for name, value in settings.items()]
+            run([cmake, "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja", *defines])
+            stamp.write_text(str(settings))
+        jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+        run([cmake, "--build", str(FOLDER), "--parallel", jobs, "--target", *(modules or ["simt"])])
+
+
+def module_path(name: str) -> Path:
+    return FOLDER / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def load_built(name: str) -> ModuleType:
+    """Import a module as it is."""
+    import torch  # noqa: F401  (its libraries must be in the process first)
+
+    spec = importlib.util.spec_from_file_location(name, module_path(name))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """Bring a module up to date and import it."""
+    build(name)
+    return load_built(name)
+
+
+def plain() -> ModuleType:
+    return load("_simt")
+
+
+def checker() -> ModuleType:
+    return load("_simt_check")
+
+
+def asan_command(script: str) -> tuple[list[str], dict[str, str]]:
+    """The command and environment of a process that runs `script` with ``simt_asan`` already imported as ``simt``."""
+    build("_simt_asan")
+    compiler = os.environ.get("CXX", "g++").split()[0]
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import executor; "
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    return [
+        sys.executable,
+        "-c",
+        start + "simt = executor.load_built('_simt_asan'); import torch\n" + script,
+    ], environment
+
+
+if __name__ == "__main__":
+    build(*sys.argv[1:])
