@@ -3,15 +3,22 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from frodkernels import _native, _ops
+
 INDEX_LIMIT = 2**31 - 1  # plans hold 32-bit offsets
 _NARROW = 2**16  # dimensions up to this many entries are indexed with 16 bits
 _EAGER = 2**24  # patterns up to this size are compressed when they are made, larger ones at first use
+# What tiles can hold (csrc/tiles/tiles.h): 16-bit features with one number for "none", 12-bit positions.
+_TILED_COLUMNS = 2**16 - 1
+_TILED_BLOCK, _BLOCK_UNIT = 4096, 128
+_TILED_CELLS = 2**24  # groups x feature blocks: bounds what an empty pattern of absurd dimensions costs
 
 
 class Compressed(NamedTuple):
@@ -25,6 +32,39 @@ class Compressed(NamedTuple):
     indptr: Tensor
     indices: Tensor
     perm: Tensor
+
+
+Tiles = tuple[Tensor, ...]
+
+
+class _TileStore:
+    """The tiles of one pattern, shared by its copies on all devices: built once, moved once to each device."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._made: dict[tuple[bool, int], dict[torch.device, Tiles]] = {}
+
+    def get(self, pattern: SparsePattern, transpose: bool, block: int) -> Tiles:
+        made = self._made.get((transpose, block), {}).get(pattern.device)
+        if made is not None:
+            return made
+        with self._lock, torch.inference_mode(False):  # they outlive any inference_mode block they are first used in
+            copies = self._made.setdefault((transpose, block), {})
+            if pattern.device not in copies:  # no other thread has made them meanwhile
+                made = next(iter(copies.values()), None)
+                if made is None:
+                    made = _build_tiles(pattern.to("cpu"), transpose, block)
+                copies[pattern.device] = tuple(t.to(pattern.device) for t in made)
+            return copies[pattern.device]
+
+
+def _build_tiles(pattern: SparsePattern, transpose: bool, block: int) -> Tiles:
+    rows, columns = reversed(pattern.shape) if transpose else pattern.shape
+    cells = -(-rows // 8) * -(-columns // block)
+    if columns > _TILED_COLUMNS or cells > _TILED_CELLS or pattern.nnz + rows > INDEX_LIMIT or not _native.load():
+        return ()
+    view = pattern.csc if transpose else pattern.csr
+    return tuple(_ops.native("tiles")(*view, columns, rows == columns, block))
 
 
 def _check_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -106,7 +146,7 @@ class SparsePattern:
             message names the argument and the entry.
     """
 
-    __slots__ = ("_csc", "_csr", "_device", "_moved", "_nnz", "_pending", "_shape")
+    __slots__ = ("_csc", "_csr", "_device", "_moved", "_nnz", "_pending", "_shape", "_tiles")
 
     _csr: Compressed | None
     _csc: Compressed | None
@@ -123,6 +163,7 @@ class SparsePattern:
         self._nnz = rows.numel()
         self._device = rows.device
         self._moved: dict[torch.device, SparsePattern] = {}
+        self._tiles = _TileStore()
         self._csr = self._csc = None
         self._pending: tuple[Tensor, Tensor] | None = (rows, cols)
         if max(m, n) <= _EAGER:
@@ -217,12 +258,36 @@ class SparsePattern:
         if device not in self._moved:
             other = object.__new__(SparsePattern)
             other._shape, other._nnz, other._device, other._pending = self._shape, self._nnz, device, None
-            other._csr = Compressed(*(t.to(device) for t in self.csr))
-            other._csc = Compressed(*(t.to(device) for t in self.csc))
-            other._moved = self._moved
+            with torch.inference_mode(False):  # the copy outlives any inference_mode block it is first used in
+                other._csr = Compressed(*(t.to(device) for t in self.csr))
+                other._csc = Compressed(*(t.to(device) for t in self.csc))
+            other._moved, other._tiles = self._moved, self._tiles
             self._moved[self.device] = self
             self._moved[device] = other
         return self._moved[device]
+
+    def tiles(self, transpose: bool, block: int) -> tuple[Tensor, ...]:
+        """The plan of the tensor-core kernels: one view cut into feature blocks and groups of 8 output rows.
+
+        Built on the CPU when it is first asked for (about 2 us an entry), moved to this pattern's device, and
+        remembered for the pattern on all devices. ``csrc/tiles/tiles.h`` describes the format.
+
+        Args:
+            transpose: of the CSC view (products with the transpose), not the CSR view. Square patterns include the
+                diagonal, as entries nnz .. nnz + n - 1.
+            block: features of a feature block, a multiple of 128 up to 4096.
+
+        Returns:
+            ``(row_order, feature_order, step_ptr, meta, source)`` on this pattern's device; ``()`` where the pattern
+            is too large for the format (more than 65535 columns of the view, 2^24 cells, or 2^31 - 1 entries with the
+            diagonal) or the native library is not there.
+
+        Raises:
+            ValueError: a block that is no multiple of 128 up to 4096.
+        """
+        if not 0 < block <= _TILED_BLOCK or block % _BLOCK_UNIT:
+            raise ValueError(f"block must be a multiple of {_BLOCK_UNIT} up to {_TILED_BLOCK}, got {block}")
+        return self._tiles.get(self, bool(transpose), block)
 
     def __deepcopy__(self, memo: dict) -> SparsePattern:
         return self  # immutable: copies of a model go on sharing it

@@ -5,6 +5,7 @@ import copy
 import pickle
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import frodkernels as fk
+from frodkernels import pattern as pattern_module
 from frodkernels.pattern import Compressed
 from tests.support import KINDS, coo
+from tests.tiles.decode import check_tiles
 
 LIMIT = 2**31 - 1
 INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64)
@@ -255,6 +258,94 @@ def test_it_is_immutable():
     for name in ("shape", "nnz", "device", "density", "csr", "csc", "anything_else"):
         with pytest.raises(AttributeError):
             setattr(pattern, name, None)
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    """Counts how often tiles are built, and makes a build slow enough for threads to meet in it."""
+    made = []
+    build = pattern_module._build_tiles
+
+    def counted(pattern, transpose, block):
+        made.append((transpose, block, pattern.device.type))
+        time.sleep(0.01)
+        return build(pattern, transpose, block)
+
+    monkeypatch.setattr(pattern_module, "_build_tiles", counted)
+    return made
+
+
+def test_tiles_are_built_once_and_shared_by_devices(builds):
+    pattern = fk.SparsePattern(*coo("random", 40, 40), (40, 40))
+    first = pattern.tiles(False, 128)
+    assert pattern.tiles(False, 128) is first and builds == [(False, 128, "cpu")]
+    moved = pattern.to("meta").tiles(False, 128)
+    assert all(t.is_meta for t in moved) and [t.shape for t in moved] == [t.shape for t in first]
+    assert pattern.to("meta").tiles(False, 128) is moved and len(builds) == 1
+    pattern.to("meta").tiles(True, 256)
+    assert builds == [(False, 128, "cpu"), (True, 256, "cpu")]
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(40, 40), (30, 150), (150, 30)], ids=str)
+def test_tiles_are_those_of_the_view(shape, transpose):
+    pattern = fk.SparsePattern(*coo("random", *shape), shape)
+    view, columns = (pattern.csc, shape[0]) if transpose else (pattern.csr, shape[1])
+    check_tiles(pattern.tiles(transpose, 128), view, columns, shape[0] == shape[1], 128)
+
+
+def test_threads_share_one_build(builds):
+    pattern = fk.SparsePattern(*coo("random", 40, 40), (40, 40))
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda _: pattern.tiles(True, 128), range(32)))
+    assert len(builds) == 1 and all(tiles is got[0] for tiles in got)
+
+
+def test_tiles_first_used_under_inference_mode_serve_training():
+    pattern = fk.SparsePattern(*coo("random", 40, 40), (40, 40))
+    with torch.inference_mode():
+        tiles = (*pattern.tiles(False, 128), *pattern.to("meta").tiles(False, 128), *pattern.to("meta").csr)
+    assert not any(t.is_inference() for t in tiles)
+
+
+@pytest.mark.parametrize("block", [0, -128, 100, 129, 4224])
+def test_bad_tile_blocks_are_named(block):
+    with pytest.raises(ValueError, match=f"block must be a multiple of 128 up to 4096, got {block}"):
+        fk.SparsePattern(ids(0), ids(0), (1, 1)).tiles(False, block)
+
+
+def test_no_tiles_beyond_what_they_can_hold():
+    pattern = fk.SparsePattern(ids(0, 1), ids(65535, 0), (2, 65536))
+    assert pattern.tiles(False, 128) == () and len(pattern.tiles(True, 128)) == 5
+    assert pattern.to("meta").tiles(False, 128) == ()
+    assert len(fk.SparsePattern(ids(0, 1), ids(65534, 0), (2, 65535)).tiles(False, 128)) == 5
+    tall = fk.SparsePattern(ids(0, 2**22 - 1), ids(65534, 0), (2**22, 65535))
+    assert tall.tiles(False, 128) == () and len(tall.tiles(False, 4096)) == 5
+
+
+def test_no_tiles_without_the_native_library(monkeypatch):
+    monkeypatch.setattr(pattern_module._native, "load", lambda: False)
+    assert fk.SparsePattern(*coo("random", 40, 40), (40, 40)).tiles(False, 128) == ()
+
+
+def test_copies_share_tiles_and_pickles_leave_them_behind(builds):
+    pattern = fk.SparsePattern(*coo("random", 40, 40), (40, 40))
+    bare = len(pickle.dumps(pattern))
+    tiles = pattern.tiles(False, 128)
+    assert copy.deepcopy(pattern).tiles(False, 128) is tiles
+    assert len(pickle.dumps(pattern)) == bare
+    again = pickle.loads(pickle.dumps(pattern)).tiles(False, 128)
+    assert len(builds) == 2 and all(torch.equal(a, b) for a, b in zip(again, tiles, strict=True))
+
+
+def test_nothing_is_tiled_for_the_cpu(builds):
+    pattern = fk.SparsePattern(*coo("random", 40, 40), (40, 40))
+    z = torch.randn(3, 40, requires_grad=True)
+    fk.sparse_core(z, torch.ones(40), torch.ones(pattern.nnz), pattern).sum().backward()
+    assert builds == []
 
 
 # ---- scale -----------------------------------------------------------------------------------------------------------

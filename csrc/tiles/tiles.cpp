@@ -44,6 +44,9 @@ Matrix read(const View& view, int64_t block) {
   }
   if (view.diagonal && view.rows != view.columns) refuse("diagonal needs as many columns as rows");
   if (view.nnz + view.rows > std::numeric_limits<int32_t>::max()) refuse("indices: nnz + rows must be below 2^31");
+  if ((view.rows + kRows - 1) / kRows * ((view.columns + block - 1) / block) > kMaxCells) {
+    refuse("block must leave at most 2^24 cells of 8 rows and one block");
+  }
   if (view.indptr[0] != 0 || view.indptr[view.rows] != view.nnz) refuse("indptr must rise from 0 to nnz");
   for (int64_t i = 0; i < view.rows; ++i) {
     if (view.indptr[i] > view.indptr[i + 1]) refuse("indptr must rise from 0 to nnz");

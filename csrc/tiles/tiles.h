@@ -36,7 +36,7 @@
 // What is chosen (rows of a group, positions, slots) minimises wavefronts and steps by a search of bounded effort: it
 // depends on the pattern alone, never on time, threads or machine. Integers only.
 // Memory     about 4 bytes an entry beyond the result, and 8 bytes a cell.
-// Needs      columns <= 65535, block a multiple of 128 and <= 4096, nnz + rows < 2^31.
+// Needs      columns <= 65535, block a multiple of 128 and <= 4096, nnz + rows < 2^31, G B <= 2^24.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -49,7 +49,7 @@ constexpr int kSlots = 8;    // slots of an octet
 constexpr int kClasses = 8;  // bank classes
 constexpr int kLanes = 32;
 constexpr uint16_t kNoFeature = 65535;
-constexpr int64_t kMaxColumns = 65535, kMaxBlock = 4096, kBlockUnit = 128;
+constexpr int64_t kMaxColumns = 65535, kMaxBlock = 4096, kBlockUnit = 128, kMaxCells = int64_t(1) << 24;
 
 // One compressed view (CSR, or CSC with the roles swapped): see frodkernels/pattern.py.
 struct View {
