@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+import os
+
+import pytest
+import torch
+
+import frodkernels as fk
+from tests.device.places import kinds, make_place
+
+BACKENDS = ("native", "triton", "reference")
+
+
+def pytest_generate_tests(metafunc):
+    """``place``: the CPU and CUDA. With ``backend``: each with every backend that is meant for it."""
+    if "place" not in metafunc.fixturenames:
+        return
+    if "backend" not in metafunc.fixturenames:
+        metafunc.parametrize("place", kinds(), indirect=True)
+        return
+    pairs = []
+    for kind in kinds():
+        if kind == "cpu":
+            pairs += [("cpu", "native"), ("cpu", "reference")]
+            if os.environ.get("TRITON_INTERPRET") == "1":  # asked for by hand; bfloat16 is wrong there
+                pairs.append(("cpu", "triton"))
+        elif torch.cuda.is_available():
+            pairs += [("cuda", name) for name in BACKENDS]
+        else:
+            pairs.append(("cuda", "native"))  # stands for all three, which would be skipped alike
+    metafunc.parametrize("place, backend", pairs, indirect=True, ids=["-".join(pair) for pair in pairs])
+
+
+@pytest.fixture
+def place(request):
+    """A test runs once per place: the CPU and, where there is one, a CUDA device."""
+    return make_place(request.param)
+
+
+@pytest.fixture
+def backend(request, place):
+    """The backend that is forced in the test; skipped where it does not serve the place."""
+    reason = place.has(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    with fk.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def clean_device():
+    """A test that leaves the device broken fails itself, and not the one after it."""
+    yield
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
