@@ -278,7 +278,7 @@ class SparsePattern:
             block: features of a feature block, a multiple of 128 up to 4096.
 
         Returns:
-            ``(row_order, feature_order, step_ptr, meta, source)`` on this pattern's device; ``()`` where the pattern
+            ``(row_order, feature_order, step_ptr, meta, source, jobs, job_ptr)`` on this pattern's device; ``()`` where the pattern
             is too large for the format (more than 65535 columns of the view, 2^24 cells, or 2^31 - 1 entries with the
             diagonal) or the native library is not there.
 

@@ -319,11 +319,11 @@ def test_bad_tile_blocks_are_named(block):
 
 def test_no_tiles_beyond_what_they_can_hold():
     pattern = fk.SparsePattern(ids(0, 1), ids(65535, 0), (2, 65536))
-    assert pattern.tiles(False, 128) == () and len(pattern.tiles(True, 128)) == 5
+    assert pattern.tiles(False, 128) == () and len(pattern.tiles(True, 128)) == 7
     assert pattern.to("meta").tiles(False, 128) == ()
-    assert len(fk.SparsePattern(ids(0, 1), ids(65534, 0), (2, 65535)).tiles(False, 128)) == 5
+    assert len(fk.SparsePattern(ids(0, 1), ids(65534, 0), (2, 65535)).tiles(False, 128)) == 7
     tall = fk.SparsePattern(ids(0, 2**22 - 1), ids(65534, 0), (2**22, 65535))
-    assert tall.tiles(False, 128) == () and len(tall.tiles(False, 4096)) == 5
+    assert tall.tiles(False, 128) == () and len(tall.tiles(False, 4096)) == 7
 
 
 def test_no_tiles_without_the_native_library(monkeypatch):

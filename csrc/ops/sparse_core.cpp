@@ -2,21 +2,18 @@
 //
 // frodkernels::native_sparse_core and native_sparse_core_backward on CPU tensors: check what memory safety needs, lay
 // out scratch, run the kernels of csrc/cpu/sparse_core.h on torch's threads, reduce the partial sums in order.
-#include "../cpu/sparse_core.h"
+#include "sparse_core.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#include "../cpu/sparse_core.h"
 
 namespace frodkernels::ops {
 namespace {
@@ -25,7 +22,6 @@ using cpu::Scalar;
 using torch::headeronly::ScalarType;
 using torch::stable::parallel_for;
 using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kGrain = 16384;  // entries a thread should have to be worth waking
 // Partial sums of the backward. How many there are follows from shapes alone, so results never depend on the threads:
@@ -33,21 +29,7 @@ constexpr int64_t kGrain = 16384;  // entries a thread should have to be worth w
 // pairwise summation keeps; fewer where they would hold more than kPartialBytes.
 constexpr int64_t kSplits = 8, kTilesInChain = 16, kPartialBytes = int64_t(32) << 20;
 
-Scalar scalar_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Scalar::kF32;
-    case ScalarType::Double:
-      return Scalar::kF64;
-    case ScalarType::BFloat16:
-      return Scalar::kBF16;
-    case ScalarType::Half:
-      return Scalar::kF16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-  return Scalar::kF32;
-}
+Scalar scalar_of(const Tensor& t, const char* name) { return ops::scalar_of<Scalar>(t, name); }
 
 // Entry k of a storage array as an accumulator, and back from a sum.
 template <typename Acc>
@@ -83,10 +65,6 @@ void write(void* data, Scalar type, int64_t k, double value) {
 }
 
 cpu::Features features(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1)}; }
-
-void check_vector(const Tensor& t, const char* name, int64_t size) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must be a vector of ", size, " entries");
-}
 
 void check_cpu(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.device().is_cpu(), name, " must be a CPU tensor, like the features");
@@ -197,18 +175,9 @@ cpu::Tiling tiling(Scalar type, int64_t n_in, int64_t n_out, int64_t nnz, int64_
   return t;
 }
 
-Tensor new_features(const Tensor& like, int64_t rows, int64_t T, bool token_major) {
-  if (!token_major) return torch::stable::new_empty(like, {rows, T});
-  return torch::stable::transpose(torch::stable::new_empty(like, {T, rows}), 0, 1);
-}
-
 void check_features(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, " must be [features, T]");
   check_cpu(t, name);
-}
-
-bool wants_double(const Tensor& x, const Tensor& values) {
-  return values.scalar_type() == ScalarType::Double && x.scalar_type() != ScalarType::Double;
 }
 
 template <typename Acc>
@@ -284,11 +253,11 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& u, const Tensor& z
 }
 
 Tensor sparse_core(const Tensor& z, const OptionalTensor& lam, const Tensor& values, const Tensor& indptr,
-                   const Tensor& indices, const Tensor& perm, bool token_major) {
+                   const Tensor& indices, const Tensor& perm, bool token_major, OptionalTensors tiles) {
   check_features(z, "z");
   if (wants_double(z, values)) {
-    const Tensor wide =
-        sparse_core(torch::stable::to(z, ScalarType::Double), lam, values, indptr, indices, perm, token_major);
+    const Tensor wide = sparse_core(torch::stable::to(z, ScalarType::Double), lam, values, indptr, indices, perm,
+                                    token_major, std::nullopt);
     return torch::stable::to(wide, z.scalar_type());
   }
   const Slots slots(indptr, indices, perm);
@@ -299,16 +268,15 @@ Tensor sparse_core(const Tensor& z, const OptionalTensor& lam, const Tensor& val
 std::tuple<Tensor, Tensor, Tensor> sparse_core_backward(const Tensor& u, const Tensor& z, const OptionalTensor& lam,
                                                         const Tensor& values, const Tensor& indptr,
                                                         const Tensor& indices, const Tensor& perm,
-                                                        std::vector<bool> needs, bool token_major) {
+                                                        std::vector<bool> needs, bool token_major,
+                                                        OptionalTensors tiles) {
   check_features(u, "u");
   check_features(z, "z");
-  STD_TORCH_CHECK(u.scalar_type() == z.scalar_type(), "u and z must share a dtype");
-  STD_TORCH_CHECK(u.size(1) == z.size(1), "u and z must hold equally many tokens");
-  STD_TORCH_CHECK(needs.size() == 3, "needs must be 3 bools");
+  check_pair(u, z, needs.size());
   if (wants_double(u, values)) {
     auto [dz, dlam, dvalues] =
         sparse_core_backward(torch::stable::to(u, ScalarType::Double), torch::stable::to(z, ScalarType::Double), lam,
-                             values, indptr, indices, perm, needs, token_major);
+                             values, indptr, indices, perm, needs, token_major, std::nullopt);
     return {torch::stable::to(dz, u.scalar_type()), dlam, dvalues};
   }
   const Slots slots(indptr, indices, perm);
@@ -324,12 +292,8 @@ std::string cpu_isa() { return cpu::isa_name(cpu::chosen_isa()); }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(frodkernels, m) {
   m.def("native_cpu_isa() -> str");
-  m.def(
-      "native_sparse_core(Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, Tensor perm, "
-      "bool token_major=False) -> Tensor");
-  m.def(
-      "native_sparse_core_backward(Tensor u, Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, "
-      "Tensor perm, bool[3] needs, bool token_major=False) -> (Tensor, Tensor, Tensor)");
+  m.def(frodkernels::ops::kSparseCoreSchema);
+  m.def(frodkernels::ops::kSparseCoreBackwardSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(frodkernels, CompositeExplicitAutograd, m) {

@@ -14,6 +14,8 @@
 #include <stdexcept>
 #include <vector>
 
+#include "../tiles/jobs.h"
+
 namespace frodkernels::ops {
 namespace {
 
@@ -36,7 +38,7 @@ Tensor tensor_of(std::vector<T>& data, const Tensor& like, std::vector<int64_t> 
   return out;
 }
 
-// [row_order, feature_order, step_ptr, meta, source]: see csrc/tiles/tiles.h.
+// [row_order, feature_order, step_ptr, meta, source, jobs, job_ptr]: see csrc/tiles/tiles.h and jobs.h.
 std::vector<Tensor> native_tiles(const Tensor& indptr, const Tensor& indices, const Tensor& perm, int64_t columns,
                                  bool diagonal, int64_t block) {
   const Tensor ptr = checked(indptr, "indptr"), index = checked(indices, "indices"), order = checked(perm, "perm");
@@ -61,11 +63,15 @@ std::vector<Tensor> native_tiles(const Tensor& indptr, const Tensor& indices, co
     STD_TORCH_CHECK(false, error.what());
   }
   const int64_t groups = made.groups, blocks = made.blocks, steps = made.steps;
+  tiles::Jobs jobs = tiles::build_jobs(made.step_ptr.data(), groups, blocks);
+  const int64_t count = int64_t(jobs.jobs.size()) / 4;
   return {tensor_of(made.row_order, ptr, {groups, tiles::kRows}, ScalarType::Int),
           tensor_of(made.feature_order, ptr, {blocks, block}, ScalarType::UInt16),
           tensor_of(made.step_ptr, ptr, {blocks, groups + 1}, ScalarType::Int),
           tensor_of(made.meta, ptr, {steps, tiles::kLanes}, ScalarType::UInt16),
-          tensor_of(made.source, ptr, {steps, tiles::kLanes, 2}, ScalarType::Int)};
+          tensor_of(made.source, ptr, {steps, tiles::kLanes, 2}, ScalarType::Int),
+          tensor_of(jobs.jobs, ptr, {count, 4}, ScalarType::Int),
+          tensor_of(jobs.job_ptr, ptr, {blocks + 1}, ScalarType::Int)};
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Jobs: how the tensor-core gradient (csrc/cuda/sparse_core_mma_gradient.cuh) cuts the steps of a plan. A warp keeps the
-// sums of a job in registers for all tokens, so jobs are small, equal and of one cell each.
+// Jobs: how the tensor-core gradient (csrc/cuda/sparse_core_mma_gradient.cuh) cuts the steps of a plan. A warp keeps
+// the sums of a job in registers for all tokens, so jobs are small, equal and of one cell each.
 //
 //   jobs     [count, 4] int32   first step, number of steps (1 .. job_steps), group, feature block; ordered by block
 //   job_ptr  [blocks + 1] int32 the jobs of block b are job_ptr[b] .. job_ptr[b + 1] - 1

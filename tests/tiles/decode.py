@@ -51,7 +51,7 @@ def fragments(meta: Tensor, source: Tensor) -> Tensor:
 
 def decode(tiles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """(row, column, source) of every product that the kernel forms, in no particular order."""
-    row_order, feature_order, step_ptr, meta, source = tiles
+    row_order, feature_order, step_ptr, meta, source = tiles[:5]
     block_of, group_of = cells_of_steps(step_ptr)
     gathered = features_by_position(feature_order)[block_of[:, None], meta.to(torch.int64) & 4095]  # [steps, 32]
     held = fragments(meta, source)
@@ -94,7 +94,7 @@ def wavefronts_of_steps(meta: Tensor) -> Tensor:
 
 def tiles_cost(tiles: tuple[Tensor, ...]) -> Cost:
     """Steps and shared-memory wavefronts (per 8 tokens), counted from the tensors."""
-    _, _, _, meta, source = tiles
+    meta, source = tiles[3:5]
     return Cost(int((source >= 0).sum()), meta.shape[0], int(wavefronts_of_steps(meta).sum()))
 
 
@@ -102,7 +102,7 @@ def check_tiles(tiles: tuple[Tensor, ...], view: tuple[Tensor, ...], columns: in
     """Every rule of the format, and that the tiles hold each entry (and diagonal entry) once and nothing else."""
     indptr, indices, perm = (t.to(torch.int64) for t in view)
     rows, nnz = indptr.numel() - 1, indices.numel()
-    row_order, feature_order, step_ptr, meta, source = tiles
+    row_order, feature_order, step_ptr, meta, source = tiles[:5]
     groups, blocks = -(-rows // ROWS), -(-columns // block)
     steps = meta.shape[0]
     assert [t.dtype for t in tiles] == [torch.int32, torch.uint16, torch.int32, torch.uint16, torch.int32]
@@ -143,7 +143,7 @@ def check_tiles(tiles: tuple[Tensor, ...], view: tuple[Tensor, ...], columns: in
 
 def check_steps(tiles: tuple[Tensor, ...], at: Tensor) -> None:
     """The rules inside steps; ``at`` [blocks, block] is the feature at each position."""
-    _, feature_order, step_ptr, meta, source = tiles
+    feature_order, step_ptr, meta, source = tiles[1:5]
     block_of, _ = cells_of_steps(step_ptr)
     wide = meta.to(torch.int64)
     position = wide & 4095

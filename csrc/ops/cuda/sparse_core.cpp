@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// native_sparse_core and native_sparse_core_backward on CUDA tensors (and, in the executor's build, on CPU tensors):
+// check what can be checked without reading device memory, bring operands into the kernels' layout, allocate, launch.
+//
+// The tensor-core kernels serve 16-bit features where the caller gives tiles and there are tokens enough; the fused
+// multiply-add kernels serve the rest.
+#include "cuda/sparse_core.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../sparse_core.h"
+#include "ops/cuda/device.h"
+#include "ops/cuda/stream.h"
+
+namespace frodkernels::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kMmaTokens = 32;  // one tile of the tensor-core kernels
+
+void check_device(const Tensor& t, const char* name, const Tensor& like) {
+  STD_TORCH_CHECK(on_device(t) && t.get_device_index() == like.get_device_index(), name,
+                  " must be on the features' device");
+}
+
+void check_features(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, " must be [features, T]");
+  STD_TORCH_CHECK(on_device(t), name, " must be on this kernel's device");
+}
+
+// Rows of contiguous tokens: as they are where the layout allows, else a copy.
+Tensor rows_of(const Tensor& t) {
+  const bool fits = t.size(1) <= 1 || (t.stride(1) == 1 && t.stride(0) >= t.size(1));
+  return fits ? t : torch::stable::contiguous(t);
+}
+
+// From row to row; a single row, or rows of one token, may carry any stride.
+int64_t row_stride(const Tensor& t) { return t.size(1) > 1 ? t.stride(0) : t.size(0) > 1 ? t.stride(0) : 1; }
+
+// The plan's tensors. What they hold was checked when the pattern was made: reading it here would wait for the device.
+struct View {
+  Tensor indptr, indices, perm;
+  std::vector<Tensor> tiles;
+  cuda::Compressed compressed;
+  cuda::Tiles tiled;
+
+  View(const Tensor& ptr, const Tensor& index, const Tensor& order, const OptionalTensors& parts,
+       const Tensor& features)
+      : indptr(torch::stable::contiguous(ptr)),
+        indices(torch::stable::contiguous(index)),
+        perm(torch::stable::contiguous(order)),
+        tiles(parts.value_or(std::vector<Tensor>())) {
+    check_device(ptr, "indptr", features);
+    check_device(index, "indices", features);
+    check_device(order, "perm", features);
+    STD_TORCH_CHECK(ptr.scalar_type() == ScalarType::Int && ptr.dim() == 1 && ptr.numel() >= 1,
+                    "indptr must be a non-empty int32 vector");
+    STD_TORCH_CHECK(index.scalar_type() == ScalarType::UInt16 || index.scalar_type() == ScalarType::Int,
+                    "indices must be uint16 or int32");
+    STD_TORCH_CHECK(order.scalar_type() == ScalarType::Int, "perm must be int32");
+    check_vector(index, "indices", index.numel());
+    check_vector(order, "perm", index.numel());
+    compressed.indptr = static_cast<const int32_t*>(indptr.const_data_ptr());
+    compressed.indices = indices.const_data_ptr();
+    compressed.perm = static_cast<const int32_t*>(perm.const_data_ptr());
+    compressed.narrow = index.scalar_type() == ScalarType::UInt16;
+    compressed.nnz = index.numel();
+    compressed.rows = ptr.numel() - 1;
+    compressed.columns = features.size(0);
+    STD_TORCH_CHECK(compressed.nnz < (int64_t(1) << 31), "indices must have fewer than 2^31 entries");
+    observe(indptr, "indptr", Access::kRead);
+    observe(indices, "indices", Access::kRead);
+    observe(perm, "perm", Access::kRead);
+    if (!tiles.empty()) read_tiles(features);
+  }
+
+  void read_tiles(const Tensor& features) {
+    static constexpr const char* kNames[] = {"row_order", "feature_order", "step_ptr", "meta",
+                                             "source",    "jobs",          "job_ptr"};
+    STD_TORCH_CHECK(tiles.size() == 7, "tiles must be 7 tensors, got ", tiles.size());
+    for (size_t i = 0; i < tiles.size(); ++i) {
+      const bool narrow = i == 1 || i == 3;
+      check_device(tiles[i], kNames[i], features);
+      STD_TORCH_CHECK(tiles[i].scalar_type() == (narrow ? ScalarType::UInt16 : ScalarType::Int) &&
+                          tiles[i].is_contiguous() &&
+                          tiles[i].dim() == (i == 4   ? 3
+                                             : i == 6 ? 1
+                                                      : 2),
+                      "tiles: ", kNames[i], " has the wrong dtype or layout");
+      observe(tiles[i], kNames[i], Access::kRead);
+    }
+    tiled.groups = tiles[0].size(0);
+    tiled.blocks = tiles[1].size(0);
+    tiled.block = tiles[1].size(1);
+    tiled.steps = tiles[3].size(0);
+    tiled.job_count = tiles[5].size(0);
+    STD_TORCH_CHECK(tiled.groups == (compressed.rows + 7) / 8 && tiles[0].size(1) == 8 &&
+                        tiles[2].size(0) == tiled.blocks && tiles[2].size(1) == tiled.groups + 1 &&
+                        tiles[3].size(1) == 32 && tiles[4].size(0) == tiled.steps && tiles[4].size(1) == 32 &&
+                        tiles[4].size(2) == 2 && tiles[5].size(1) == 4 && tiles[6].size(0) == tiled.blocks + 1 &&
+                        tiled.blocks * tiled.block >= compressed.columns && tiled.block % 128 == 0,
+                    "tiles do not fit the plan");
+    tiled.row_order = static_cast<const int32_t*>(tiles[0].const_data_ptr());
+    tiled.feature_order = static_cast<const uint16_t*>(tiles[1].const_data_ptr());
+    tiled.step_ptr = static_cast<const int32_t*>(tiles[2].const_data_ptr());
+    tiled.meta = static_cast<const uint16_t*>(tiles[3].const_data_ptr());
+    tiled.source = static_cast<const int32_t*>(tiles[4].const_data_ptr());
+    tiled.jobs = static_cast<const int32_t*>(tiles[5].const_data_ptr());
+    tiled.job_ptr = static_cast<const int32_t*>(tiles[6].const_data_ptr());
+  }
+
+  bool on_tensor_cores(const Tensor& features) const {
+    const ScalarType type = features.scalar_type();
+    return tiled.steps > 0 && features.size(1) >= kMmaTokens &&
+           (type == ScalarType::Half || type == ScalarType::BFloat16) && tiled.block <= cuda::mma_block_limit();
+  }
+};
+
+cuda::Vector vector_of(const Tensor& t, const char* name) {
+  return {const_cast<void*>(t.const_data_ptr()), scalar_of<cuda::Scalar>(t, name)};
+}
+
+// lam and values as the kernels want them. Held here, since a copy must outlive the launch.
+struct Parameters {
+  Tensor values;
+  OptionalTensor lam;
+
+  Parameters(const Tensor& v, const OptionalTensor& l, const View& view, const Tensor& features)
+      : values(torch::stable::contiguous(v)) {
+    check_device(v, "values", features);
+    check_vector(v, "values", view.compressed.nnz);
+    observe(values, "values", Access::kRead);
+    if (!l.has_value()) return;
+    check_device(*l, "lam", features);
+    check_vector(*l, "lam", view.compressed.rows);
+    STD_TORCH_CHECK(view.compressed.columns == view.compressed.rows, "lam needs a square pattern");
+    lam = torch::stable::contiguous(*l);
+    observe(*lam, "lam", Access::kRead);
+  }
+};
+
+void check_launch(const char* error, const char* op) {
+  STD_TORCH_CHECK(error == nullptr, op, ": the launch failed: ", error == nullptr ? "" : error);
+}
+
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  Tensor out = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  observe(out, "scratch", Access::kWrite);
+  return out;
+}
+
+// (S + D) in, for features `in` [columns, T] of contiguous tokens.
+Tensor product(const Tensor& in, const Parameters& parameters, const View& view, bool token_major, CUstream_st* stream,
+               const char* op) {
+  Tensor out = torch::stable::new_empty(in, {view.compressed.rows, in.size(1)});
+  if (out.numel() > 0) {
+    observe(in, "in", Access::kRead);
+    observe(out, "out", Access::kWrite);
+    cuda::Product a;
+    a.view = view.compressed;
+    a.values = vector_of(parameters.values, "values");
+    if (parameters.lam.has_value()) a.lam = vector_of(*parameters.lam, "lam");
+    a.type = scalar_of<cuda::Scalar>(in, "z");
+    a.in = in.const_data_ptr();
+    a.out = out.mutable_data_ptr();
+    a.T = in.size(1);
+    a.in_stride = row_stride(in);
+    a.out_stride = in.size(1);
+    if (view.on_tensor_cores(in)) {
+      Tensor packed = scratch(in, cuda::packed_bytes(view.tiled));
+      check_launch(cuda::product_mma(a, view.tiled, packed.mutable_data_ptr(), stream), op);
+    } else {
+      check_launch(cuda::product_fma(a, stream), op);
+    }
+  }
+  if (!token_major) return out;
+  Tensor turned = new_features(in, view.compressed.rows, in.size(1), true);
+  return torch::stable::copy_(turned, out);
+}
+
+void gradient(const Tensor& u, const Tensor& z, Tensor& dlam, Tensor& dvalues, const View& view, CUstream_st* stream,
+              const char* op) {
+  if (dlam.numel() + dvalues.numel() == 0) return;
+  observe(u, "u", Access::kRead);
+  observe(z, "z", Access::kRead);
+  observe(dlam, "dlam", Access::kWrite);
+  observe(dvalues, "dvalues", Access::kWrite);
+  cuda::Gradient a;
+  a.view = view.compressed;
+  if (dvalues.numel() > 0) a.dvalues = vector_of(dvalues, "values");
+  if (dlam.numel() > 0) a.dlam = vector_of(dlam, "lam");
+  a.type = scalar_of<cuda::Scalar>(u, "u");
+  a.in = u.const_data_ptr();
+  a.z = z.const_data_ptr();
+  a.T = u.size(1);
+  a.in_stride = row_stride(u);
+  a.z_stride = row_stride(z);
+  if (view.on_tensor_cores(u)) {
+    Tensor partial = scratch(u, cuda::gradient_mma_scratch(a, view.tiled));
+    check_launch(cuda::gradient_mma(a, view.tiled, partial.mutable_data_ptr(), stream), op);
+  } else {
+    Tensor partial = scratch(u, cuda::gradient_fma_scratch(a));
+    check_launch(cuda::gradient_fma(a, partial.mutable_data_ptr(), stream), op);
+  }
+}
+
+Tensor sparse_core(const Tensor& z, const OptionalTensor& lam, const Tensor& values, const Tensor& indptr,
+                   const Tensor& indices, const Tensor& perm, bool token_major, OptionalTensors tiles) {
+  check_features(z, "z");
+  const DeviceGuard guard(z.get_device_index());
+  if (wants_double(z, values)) {
+    const Tensor wide = sparse_core(torch::stable::to(z, ScalarType::Double), lam, values, indptr, indices, perm,
+                                    token_major, std::nullopt);
+    return torch::stable::to(wide, z.scalar_type());
+  }
+  const View view(indptr, indices, perm, tiles, z);
+  const Parameters parameters(values, lam, view, z);
+  return product(rows_of(z), parameters, view, token_major, current_cuda_stream(z.get_device_index()),
+                 "native_sparse_core");
+}
+
+std::tuple<Tensor, Tensor, Tensor> sparse_core_backward(const Tensor& u, const Tensor& z, const OptionalTensor& lam,
+                                                        const Tensor& values, const Tensor& indptr,
+                                                        const Tensor& indices, const Tensor& perm,
+                                                        std::vector<bool> needs, bool token_major,
+                                                        OptionalTensors tiles) {
+  check_features(u, "u");
+  check_features(z, "z");
+  check_device(z, "z", u);
+  check_pair(u, z, needs.size());
+  const DeviceGuard guard(u.get_device_index());
+  if (wants_double(u, values)) {
+    auto [dz, dlam, dvalues] =
+        sparse_core_backward(torch::stable::to(u, ScalarType::Double), torch::stable::to(z, ScalarType::Double), lam,
+                             values, indptr, indices, perm, needs, token_major, std::nullopt);
+    return {torch::stable::to(dz, u.scalar_type()), dlam, dvalues};
+  }
+  const View view(indptr, indices, perm, tiles, u);
+  STD_TORCH_CHECK(z.size(0) == view.compressed.rows, "z must have one row per group of the plan");
+  const Parameters parameters(values, lam, view, u);
+  CUstream_st* stream = current_cuda_stream(u.get_device_index());
+  const Tensor rows_u = rows_of(u);
+  Tensor dz = needs[0] ? product(rows_u, parameters, view, token_major, stream, "native_sparse_core_backward")
+                       : torch::stable::new_empty(u, {0});
+  const ScalarType sums = u.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor dlam = lam.has_value() ? torch::stable::new_empty(*lam, {needs[1] ? view.compressed.rows : 0})
+                                : torch::stable::new_empty(values, {0}, sums);
+  Tensor dvalues = torch::stable::new_empty(values, {needs[2] ? view.compressed.nnz : 0});
+  gradient(rows_u, rows_of(z), dlam, dvalues, view, stream, "native_sparse_core_backward");
+  return {dz, dlam, dvalues};
+}
+
+}  // namespace
+}  // namespace frodkernels::ops
+
+#if defined(SIMT_EMU)
+STABLE_TORCH_LIBRARY_FRAGMENT(FRODKERNELS_OP_NAMESPACE, m) {
+  m.def(frodkernels::ops::kSparseCoreSchema);
+  m.def(frodkernels::ops::kSparseCoreBackwardSchema);
+}
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(FRODKERNELS_OP_NAMESPACE, FRODKERNELS_OP_DEVICE, m) {
+  m.impl("native_sparse_core", TORCH_BOX(&frodkernels::ops::sparse_core));
+  m.impl("native_sparse_core_backward", TORCH_BOX(&frodkernels::ops::sparse_core_backward));
+}
