@@ -67,7 +67,7 @@ function(frodkernels_simt_module name checker)
 endfunction()
 
 add_custom_target(simt)
-frodkernels_simt_module(_simt "" -O2)
+frodkernels_simt_module(_simt "" -O2 -g1)
 # Compiled for ThreadSanitizer, linked without it: the checker answers the calls that the compiler inserts.
 frodkernels_simt_module(_simt_check simt_checker
   -O1 -g -DSIMT_CHECK=1 -fsanitize=thread --param=tsan-instrument-func-entry-exit=0)

@@ -59,7 +59,7 @@ struct Warp {
   int number = 0;
   uint32_t ready = 0, alive = 0, all = 0;
   uint32_t synced_at = 0;  // the block's clock at the last __syncwarp of the whole warp
-  Collective collectives[4];
+  Collective collectives[8];
 };
 
 struct Counts {
@@ -143,6 +143,7 @@ std::string here_text();  // " [kernel k, block (x, y, z), thread (x, y, z)]" of
 
 // --- accounting (launch.cpp) ---
 std::map<std::string, Counts> kernel_counts();
+std::map<std::string, uint64_t> launches_ever();
 void forget_counts();
 
 // --- the checker, where it is linked in ---

@@ -57,8 +57,9 @@ void list_loaded() {
       nullptr);
 }
 
-bool ordered(const Stamp& s, const Stamp& now, const Block& b, const Warp& w) {
-  if (s.block != now.block) return s.block < first_block;
+bool ordered(const Stamp& s, const Stamp& now, const Block& b, const Warp& w, const Buffer& buffer) {
+  // Each block has shared memory of its own, though it lies at one address here.
+  if (s.block != now.block) return buffer.shared || s.block < first_block;
   if (s.thread == now.thread || s.clock < b.barrier_at) return true;
   return s.thread / kWarp == now.thread / kWarp && s.clock < w.synced_at;
 }
@@ -110,7 +111,7 @@ void read_cell(Cell& c, const Stamp& now, const Block& b, const Warp& w, const S
     if (c.write.pending && c.write.block == now.block) {
       report(key_of("pending", site, c.write.site), "cp.async not waited for: " + place_in(buffer, a) + ", copied by " +
                                                         who(c.write) + ", read by " + who(now) + here_text());
-    } else if (!(c.write.atomic && now.atomic) && !ordered(c.write, now, b, w)) {
+    } else if (!(c.write.atomic && now.atomic) && !ordered(c.write, now, b, w, buffer)) {
       race("write, read", site, buffer, a, c.write, now);
     }
   }
@@ -119,11 +120,11 @@ void read_cell(Cell& c, const Stamp& now, const Block& b, const Warp& w, const S
 
 void write_cell(Cell& c, const Stamp& now, const Block& b, const Warp& w, const SiteCounts& site, const Buffer& buffer,
                 uintptr_t a) {
-  if (c.write.block && !(c.write.atomic && now.atomic) && !ordered(c.write, now, b, w)) {
+  if (c.write.block && !(c.write.atomic && now.atomic) && !ordered(c.write, now, b, w, buffer)) {
     race("write, write", site, buffer, a, c.write, now);
   }
   for (const Stamp& r : c.reads) {
-    if (!r.block || ordered(r, now, b, w)) continue;
+    if (!r.block || ordered(r, now, b, w, buffer)) continue;
     race("read, write", site, buffer, a, r, now);
     break;
   }

@@ -61,9 +61,9 @@ void launch_kernel(const char* name, dim3 grid, dim3 block, size_t shared_bytes,
 }
 
 template <class T>
-SIMT_INLINE T shuffle_value(uint32_t mask, T value, int source_lane, Place place) {
+SIMT_INLINE T shuffle_value(Shuffle kind, uint32_t mask, T value, int source_lane, Place place) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8, "a shuffle moves up to 8 bytes");
-  shuffle(mask, &value, sizeof(T), source_lane, place);
+  shuffle(kind, mask, &value, sizeof(T), source_lane, place);
   return value;
 }
 
@@ -94,22 +94,23 @@ SIMT_INLINE unsigned __activemask() { return simt::active_mask(); }
 
 template <class T>
 SIMT_INLINE T __shfl_sync(uint32_t mask, T v, int source, int width = 32, simt::Place at = simt::Place::here()) {
-  return simt::shuffle_value(mask, v, (simt::lane() & ~(width - 1)) | (source & (width - 1)), at);
+  return simt::shuffle_value(simt::Shuffle::kIndex, mask, v, (simt::lane() & ~(width - 1)) | (source & (width - 1)),
+                             at);
 }
 template <class T>
 SIMT_INLINE T __shfl_xor_sync(uint32_t mask, T v, int bits, int width = 32, simt::Place at = simt::Place::here()) {
   const int lane = simt::lane(), source = lane ^ bits;
-  return simt::shuffle_value(mask, v, source > (lane | (width - 1)) ? lane : source, at);
+  return simt::shuffle_value(simt::Shuffle::kXor, mask, v, source > (lane | (width - 1)) ? lane : source, at);
 }
 template <class T>
 SIMT_INLINE T __shfl_down_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Place at = simt::Place::here()) {
   const int lane = simt::lane(), source = lane + static_cast<int>(by);
-  return simt::shuffle_value(mask, v, source > (lane | (width - 1)) ? lane : source, at);
+  return simt::shuffle_value(simt::Shuffle::kDown, mask, v, source > (lane | (width - 1)) ? lane : source, at);
 }
 template <class T>
 SIMT_INLINE T __shfl_up_sync(uint32_t mask, T v, unsigned by, int width = 32, simt::Place at = simt::Place::here()) {
   const int lane = simt::lane(), source = lane - static_cast<int>(by);
-  return simt::shuffle_value(mask, v, source < (lane & ~(width - 1)) ? lane : source, at);
+  return simt::shuffle_value(simt::Shuffle::kUp, mask, v, source < (lane & ~(width - 1)) ? lane : source, at);
 }
 
 SIMT_INLINE unsigned __ballot_sync(uint32_t mask, int p, simt::Place at = simt::Place::here()) {

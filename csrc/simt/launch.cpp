@@ -18,6 +18,7 @@ namespace {
 
 std::mutex counts_mutex;
 std::map<std::string, Counts> counts;
+std::map<std::string, uint64_t> ever;  // launches since the module was loaded
 
 struct Launch {
   std::string kernel;  // without the brackets that protect a comma
@@ -110,6 +111,11 @@ std::map<std::string, Counts> kernel_counts() {
   return counts;
 }
 
+std::map<std::string, uint64_t> launches_ever() {
+  const std::lock_guard<std::mutex> lock(counts_mutex);
+  return ever;
+}
+
 void forget_counts() {
   const std::lock_guard<std::mutex> lock(counts_mutex);
   counts.clear();
@@ -123,6 +129,7 @@ void launch(const char* kernel, const void* function, dim3 grid, dim3 size, size
   {
     const std::lock_guard<std::mutex> lock(counts_mutex);
     ++counts[l.kernel].launches;
+    ++ever[l.kernel];
   }
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};

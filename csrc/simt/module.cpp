@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include "simt/block.h"
+#include "simt/planted/planted.h"
 
 namespace py = pybind11;
 
@@ -34,6 +35,13 @@ void reset() {
 
 void track(uintptr_t pointer, size_t bytes, const std::string& name, bool writable, bool initialised) {
   simt::track(reinterpret_cast<const void*>(pointer), bytes, name.c_str(), writable, initialised);
+}
+
+void run_planted(const std::string& kernel, const std::vector<uintptr_t>& pointers, const std::vector<int64_t>& sizes,
+                 int bug) {
+  simt::planted::Call call{bug, {}, sizes};
+  for (uintptr_t p : pointers) call.pointers.push_back(reinterpret_cast<void*>(p));
+  simt::planted::run(kernel, call);
 }
 
 py::list sites() {
@@ -104,7 +112,10 @@ void bind(py::module_& m) {
   m.def("reports", &simt::take_reports, "The faults so far that stopped no kernel; cleared.");
   m.def("sites", &sites, "Memory requests by source line, since reset(). Checker only.");
   m.def("launches", &launches, "Launches by kernel, since reset().");
+  m.def("launches_ever", &simt::launches_ever, "Launches by kernel, since the import.");
   m.def("kernels", &kernels, "All counters by kernel, since reset().");
+  m.def("planted", &run_planted, "Runs a kernel of csrc/simt/planted.", py::arg("kernel"), py::arg("pointers"),
+        py::arg("sizes"), py::arg("bug") = 0);
   m.def("stats", &stats, "The sum of all counters, since reset().");
 }
 

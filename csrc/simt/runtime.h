@@ -44,7 +44,8 @@ int barrier(Barrier kind, bool predicate, Place place);
 
 enum class Vote { kBallot, kAdd, kMin, kMax, kMinUnsigned, kMaxUnsigned, kAnd, kOr, kXor, kMatch };
 uint32_t vote(Vote kind, uint32_t mask, uint64_t value, Place place);
-void shuffle(uint32_t mask, void* value, int bytes, int source_lane, Place place);  // replaces `value`
+enum class Shuffle { kIndex, kUp, kDown, kXor };
+void shuffle(Shuffle kind, uint32_t mask, void* value, int bytes, int source_lane, Place place);  // replaces `value`
 void sync_warp(uint32_t mask, Place place);
 uint32_t active_mask();
 
