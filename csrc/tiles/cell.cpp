@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "matrix.h"
+
 namespace frodkernels::tiles {
 namespace {
 

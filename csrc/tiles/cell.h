@@ -49,15 +49,4 @@ class Layout {
   std::vector<std::vector<int32_t>> octets_;
 };
 
-// Steps and wavefronts that a cell cannot do without: `features` different ones, `bank` of one class at the most, `row`
-// entries in one row at the most.
-inline int64_t least_steps(int64_t features, int64_t row) {
-  const int64_t by_slots = (features + kLanes - 1) / kLanes, by_row = (row + kSlots - 1) / kSlots;
-  return by_slots > by_row ? by_slots : by_row;
-}
-inline int64_t least_wavefronts(int64_t features, int64_t bank, int64_t row) {
-  const int64_t octets = kOctets * least_steps(features, row);
-  return octets > bank ? octets : bank;
-}
-
 }  // namespace frodkernels::tiles

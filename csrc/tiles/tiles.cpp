@@ -36,6 +36,17 @@ void read_features(const View& view, Matrix& m) {
   }
 }
 
+void transpose(Matrix& m) {
+  m.feature_ptr.assign(m.columns + 1, 0);
+  for (const uint16_t f : m.features) ++m.feature_ptr[f + 1];
+  for (int64_t f = 0; f < m.columns; ++f) m.feature_ptr[f + 1] += m.feature_ptr[f];
+  m.feature_rows.resize(m.features.size());
+  std::vector<int64_t> next(m.feature_ptr.begin(), m.feature_ptr.end() - 1);
+  for (int64_t i = 0; i < m.rows; ++i) {
+    for (int64_t p = m.ptr[i]; p < m.ptr[i + 1]; ++p) m.feature_rows[next[m.features[p]]++] = int32_t(i);
+  }
+}
+
 Matrix read(const View& view, int64_t block) {
   if (view.rows < 0 || view.columns < 0 || view.nnz < 0) refuse("rows, columns and nnz must not be negative");
   if (view.columns > kMaxColumns) refuse("columns must be at most " + std::to_string(kMaxColumns));
@@ -65,6 +76,8 @@ Matrix read(const View& view, int64_t block) {
   } else {
     read_features<int32_t>(view, m);
   }
+  for (int64_t f = 0; f < m.columns; ++f) m.home.push_back(uint16_t(m.block_of(f)));
+  transpose(m);
   return m;
 }
 
@@ -87,7 +100,7 @@ class Gather {
       for (; at < end && m_.features[at] < m_.end_of(b); ++at) {
         add(n, m_.features[at], view_.perm[view_.indptr[i] + (at - m_.ptr[i])]);
       }
-      if (view_.diagonal && m_.block_of(i) == b) add(n, i, int32_t(view_.nnz + i));
+      if (view_.diagonal && m_.home[i] == b) add(n, i, int32_t(view_.nnz + i));
     }
     return items_;
   }
@@ -147,12 +160,11 @@ void emit(const Step& step, const std::vector<Item>& items, Tiles& tiles) {
   ++tiles.steps;
 }
 
-std::vector<uint16_t> thread_order(const Matrix& m, const std::vector<uint16_t>& positions) {
+std::vector<uint16_t> feature_order(const Matrix& m, const std::vector<uint16_t>& positions) {
   std::vector<uint16_t> order(m.blocks * m.block, kNoFeature);
-  const int64_t each = m.block / kBlockUnit;
   for (int64_t f = 0; f < m.columns; ++f) {
     const int64_t position = positions[f];
-    order[m.block_of(f) * m.block + position % kBlockUnit * each + position / kBlockUnit] = uint16_t(f);
+    order[m.block_of(f) * m.block + position] = uint16_t(f);
   }
   return order;
 }
@@ -162,15 +174,16 @@ std::vector<uint16_t> thread_order(const Matrix& m, const std::vector<uint16_t>&
 Tiles build(const View& view, int64_t block) {
   const Matrix m = read(view, block);
   Tiles tiles;
-  tiles.groups = (m.rows + kRows - 1) / kRows;
+  tiles.groups = m.groups();
   tiles.blocks = m.blocks;
   tiles.block = block;
-  const std::vector<int32_t> grouped = group_rows(m);
-  const std::vector<uint16_t> positions = place_features(m, grouped);
-  tiles.row_order = order_groups(m, grouped, positions);
-  tiles.feature_order = thread_order(m, positions);
+  std::vector<int32_t> grouped = group_rows(m);
+  exchange_rows(m, grouped);
+  const Placement placement = place_features(m, grouped);
+  tiles.row_order = order_groups(m, grouped, placement.wavefronts);
+  tiles.feature_order = feature_order(m, placement.positions);
 
-  Gather gather(view, m, positions);
+  Gather gather(view, m, placement.positions);
   Layout layout;
   tiles.step_ptr.reserve(tiles.blocks * (tiles.groups + 1));
   for (int64_t b = 0; b < tiles.blocks; ++b) {

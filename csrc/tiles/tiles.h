@@ -14,12 +14,11 @@
 // Hence the rule of every step: for each slot number k and each row n, at most one of the 4 octets has an entry (k, n).
 // A gathered feature may serve several rows of its group.
 //
-// With G = ceil(rows / 8) groups, B = ceil(columns / block) feature blocks and J = block / 128:
+// With G = ceil(rows / 8) groups and B = ceil(columns / block) feature blocks:
 //
 //   row_order      [G, 8]        output row of (group, n); -1: none
-//   feature_order  [B, block]    entry [b][a J + i] is the feature at position a + 128 i, a < 128, i < J, so that each
-//                                of 128 threads reads its J features as one vector; 65535: no feature there.
-//                                Feature f is in block f / per_block, per_block = ceil(columns / B)
+//   feature_order  [B, block]    the feature at each position; 65535: none. Feature f is in block f / per_block,
+//                                per_block = ceil(columns / B)
 //   step_ptr       [B, G + 1]    cell (b, g) has the steps step_ptr[b][g] .. step_ptr[b][g + 1] - 1;
 //                                step_ptr[b][G] == step_ptr[b + 1][0]
 //   meta           [steps, 32]   lane l: bits 0..11 the position (in the block) of the feature of octet j = l >> 3,

@@ -13,14 +13,15 @@ ROWS, OCTETS, SLOTS, LANES, CLASSES = 8, 4, 8, 32, 8
 
 
 def features_by_position(feature_order: Tensor) -> Tensor:
-    """[blocks, block] int64: the feature that the threads put at each position of the block, -1: none.
-
-    Thread a < 128 reads the entries a J .. a J + J - 1 and stores entry i at position a + 128 i.
-    """
-    blocks, block = feature_order.shape
-    by_thread = feature_order.to(torch.int64).reshape(blocks, 128, block // 128)
-    at = by_thread.transpose(1, 2).reshape(blocks, block)  # [i][a]: position a + 128 i
+    """[blocks, block] int64: the feature at each position of the block, -1: none."""
+    at = feature_order.to(torch.int64)
     return torch.where(at == NO_FEATURE, -1, at)
+
+
+def by_step(meta: Tensor, source: Tensor) -> Tensor:
+    """[steps, 32]: the words of each step, from the pairs of steps that the op stores side by side."""
+    assert meta.shape == ((source.shape[0] + 1) // 2, LANES, 2)
+    return meta.permute(0, 2, 1).reshape(-1, LANES)[: source.shape[0]]
 
 
 def cells_of_steps(step_ptr: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,6 +53,7 @@ def fragments(meta: Tensor, source: Tensor) -> Tensor:
 def decode(tiles: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """(row, column, source) of every product that the kernel forms, in no particular order."""
     row_order, feature_order, step_ptr, meta, source = tiles[:5]
+    meta = by_step(meta, source)
     block_of, group_of = cells_of_steps(step_ptr)
     gathered = features_by_position(feature_order)[block_of[:, None], meta.to(torch.int64) & 4095]  # [steps, 32]
     held = fragments(meta, source)
@@ -94,7 +96,7 @@ def wavefronts_of_steps(meta: Tensor) -> Tensor:
 
 def tiles_cost(tiles: tuple[Tensor, ...]) -> Cost:
     """Steps and shared-memory wavefronts (per 8 tokens), counted from the tensors."""
-    meta, source = tiles[3:5]
+    meta, source = by_step(*tiles[3:5]), tiles[4]
     return Cost(int((source >= 0).sum()), meta.shape[0], int(wavefronts_of_steps(meta).sum()))
 
 
@@ -103,9 +105,10 @@ def check_tiles(tiles: tuple[Tensor, ...], view: tuple[Tensor, ...], columns: in
     indptr, indices, perm = (t.to(torch.int64) for t in view)
     rows, nnz = indptr.numel() - 1, indices.numel()
     row_order, feature_order, step_ptr, meta, source = tiles[:5]
+    meta = by_step(meta, source)
     groups, blocks = -(-rows // ROWS), -(-columns // block)
     steps = meta.shape[0]
-    assert [t.dtype for t in tiles] == [torch.int32, torch.uint16, torch.int32, torch.uint16, torch.int32]
+    assert [t.dtype for t in tiles[:5]] == [torch.int32, torch.uint16, torch.int32, torch.uint16, torch.int32]
     assert row_order.shape == (groups, ROWS) and feature_order.shape == (blocks, block)
     assert step_ptr.shape == (blocks, groups + 1) and meta.shape == (steps, LANES)
     assert source.shape == (steps, LANES, 2)
@@ -128,6 +131,7 @@ def check_tiles(tiles: tuple[Tensor, ...], view: tuple[Tensor, ...], columns: in
         assert steps == 0
 
     check_steps(tiles, at)
+    check_jobs(step_ptr, *tiles[5:])
 
     got = torch.stack(decode(tiles), 1)
     owner = torch.repeat_interleave(torch.arange(rows), indptr.diff())
@@ -144,6 +148,7 @@ def check_tiles(tiles: tuple[Tensor, ...], view: tuple[Tensor, ...], columns: in
 def check_steps(tiles: tuple[Tensor, ...], at: Tensor) -> None:
     """The rules inside steps; ``at`` [blocks, block] is the feature at each position."""
     feature_order, step_ptr, meta, source = tiles[1:5]
+    meta = by_step(meta, source)
     block_of, _ = cells_of_steps(step_ptr)
     wide = meta.to(torch.int64)
     position = wide & 4095
@@ -165,3 +170,16 @@ def check_steps(tiles: tuple[Tensor, ...], at: Tensor) -> None:
     assert (in_octet | idle[..., None]).all(), "an unused slot names no used position of its octet"
     assert in_step.all(), "an unused octet names no used position of its step"
     assert torch.equal(octets[idle], octets[idle][:, :1].expand(-1, SLOTS)), "an unused octet names several positions"
+
+
+def check_jobs(step_ptr: Tensor, jobs: Tensor, job_ptr: Tensor) -> None:
+    """Each step is in one job of its cell, in order, and no job has more than 4 (csrc/tiles/jobs.h)."""
+    first, count, group, block = jobs.to(torch.int64).unbind(1)
+    assert jobs.dtype == job_ptr.dtype == torch.int32
+    assert ((count >= 1) & (count <= 4)).all()
+    assert torch.equal(first, torch.cat([torch.zeros(1, dtype=torch.int64), count.cumsum(0)])[:-1])
+    block_of, group_of = cells_of_steps(step_ptr)
+    assert torch.equal(block.repeat_interleave(count), block_of)
+    assert torch.equal(group.repeat_interleave(count), group_of)
+    assert torch.equal(block.bincount(minlength=step_ptr.shape[0]), job_ptr.to(torch.int64).diff())
+    assert job_ptr[0] == 0
