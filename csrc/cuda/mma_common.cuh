@@ -17,7 +17,7 @@ namespace frodkernels::cuda {
 constexpr int kTokens = 32;                      // tokens of a tile
 constexpr int kFeatureBytes = kTokens * 2;       // of one feature in a buffer
 constexpr int kChunks = kTokens / 8;             // 16-byte chunks of a feature
-constexpr int kThreadOrder = 128;                // csrc/tiles/tiles.h: entry a * J + i is position a + 128 i
+constexpr int kBlockUnit = 128;                  // a block is a multiple of it
 constexpr unsigned kNoFeature = 65535;           // an unused position of a block
 constexpr int kPositionBits = 12;                // of a meta word; then two bits each of p1 and p2
 constexpr int kStepOctets = 4, kStepSlots = 32;  // a step gathers 4 octets of features
@@ -51,17 +51,27 @@ __device__ __forceinline__ void copy_chunk(char* to, const Source16& from, int64
   gpu::store(to, make_uint4(words[0], words[1], words[2], words[3]));
 }
 
-// The block's features, tokens [t, t + kTokens), by kThreads threads. `order` is the block's feature_order.
+// The block's features, tokens [t, t + kTokens), by kThreads threads. `order` is the block's feature_order. Four
+// threads take two positions side by side; of neighbouring fours one begins with the even, one with the odd position,
+// so that the 128 bytes that eight threads write fall in all banks.
 template <int kThreads>
 __device__ __forceinline__ void copy_block(char* buffer, const uint16_t* order, int block, const Source16& from,
                                            int64_t t) {
-  const int chunk = threadIdx.x & (kChunks - 1), per_thread = block / kThreadOrder;
+  const int chunk = threadIdx.x & (kChunks - 1), odd = threadIdx.x / kChunks & 1;
 #pragma unroll 2
-  for (int p = threadIdx.x / kChunks; p < block; p += kThreads / kChunks) {
-    const unsigned f = order[(p & (kThreadOrder - 1)) * per_thread + p / kThreadOrder];
-    if (f != kNoFeature) copy_chunk(buffer + chunk_offset(p, chunk), from, f, t + chunk * 8);
+  for (int pair = threadIdx.x / kChunks; pair < block / 2; pair += kThreads / kChunks) {
+    const uint32_t features = gpu::load<uint32_t>(order + 2 * pair);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int side = i ^ odd;
+      const unsigned f = features >> 16 * side & 0xffffu;
+      if (f != kNoFeature) copy_chunk(buffer + chunk_offset(2 * pair + side, chunk), from, f, t + chunk * 8);
+    }
   }
 }
+
+// The 16-bit word of a step in a pair of steps; bits above it are another step's.
+__device__ __forceinline__ unsigned word_of(uint32_t pair, int step) { return pair >> (step & 1) * 16; }
 
 // Keeps the compiler from computing what follows from x once for all rounds of a loop and holding it in registers.
 __device__ __forceinline__ void recompute(uint32_t& x) {

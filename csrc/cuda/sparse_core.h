@@ -36,9 +36,9 @@ struct Compressed {
 // The same view cut into tiles for the tensor-core kernels: see csrc/tiles/tiles.h.
 struct Tiles {
   const int32_t* row_order = nullptr;       // [groups, 8], -1 where a group has fewer rows
-  const uint16_t* feature_order = nullptr;  // [blocks, block]: thread order, see tiles.h
+  const uint16_t* feature_order = nullptr;  // [blocks, block]
   const int32_t* step_ptr = nullptr;        // [blocks, groups + 1]
-  const uint16_t* meta = nullptr;           // [steps, 32]
+  const uint32_t* meta = nullptr;           // [steps / 2, 32] pairs of 16-bit words: even step, odd step
   const int32_t* source = nullptr;          // [steps, 32, 2]
   const int32_t* jobs = nullptr;            // [jobs, 4]
   const int32_t* job_ptr = nullptr;         // [blocks + 1]

@@ -132,8 +132,8 @@ int64_t mma_block_limit() {
   const int64_t most = gpu::device().shared_per_block;
   const int cells = most >= 128 * 1024 ? 4 : 3;
   int64_t block = 0;
-  while (product_shared(block + kThreadOrder) <= most && gradient_shared(block + kThreadOrder, cells) <= most) {
-    block += kThreadOrder;
+  while (product_shared(block + kBlockUnit) <= most && gradient_shared(block + kBlockUnit, cells) <= most) {
+    block += kBlockUnit;
   }
   return block;
 }

@@ -241,18 +241,17 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_mma_kernel(const P
   copy_order(2);
   ptx::cp_async_commit();
 
-  // The words of the next two steps: they come from L2, one load a lane each, and are asked for two steps ahead.
-  uint32_t value[2];
-  unsigned meta[2];
-  auto fetch = [&](int i, int step) {
-    const int at = min(step, last) * 32 + lane;
-    value[i] = p.packed[at];
-    meta[i] = p.tiles.meta[at];
-  };
+  // The words of the steps to come, asked for two steps ahead: they come from L2. Steps are counted from the first of
+  // their pair: `pair[0]` has the current step's.
+  uint32_t value[2], pair[2];
+  auto fetch_value = [&](int i, int step) { value[i] = p.packed[min(step, last) * 32 + lane]; };
+  auto fetch_pair = [&](int i, int step) { pair[i] = p.tiles.meta[min(step, last) / 2 * 32 + lane]; };
   auto fetch_first = [&] {
     const int first = __shfl_sync(0xffffffffu, steps, 0);
-    fetch(0, first);
-    fetch(1, first + 1);
+    fetch_value(0, first);
+    fetch_value(1, first + 1);
+    fetch_pair(0, first);
+    fetch_pair(1, first + 2);
   };
   fetch_first();
 
@@ -273,10 +272,13 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_mma_kernel(const P
       const int end = __shfl_sync(0xffffffffu, steps, o + 1);
       for (; s < end; ++s) {
         const uint32_t now_value = value[0];
-        const unsigned now = meta[0];
+        const unsigned now = word_of(pair[0], s);
         value[0] = value[1];
-        meta[0] = meta[1];
-        fetch(1, s + 2);
+        fetch_value(1, s + 2);
+        if (s & 1) {
+          pair[0] = pair[1];
+          fetch_pair(1, s + 3);
+        }
         uint32_t x[kChunks][kStepOctets], b[kStepOctets];
         gather<true>(x, buffer, now & ((1 << kPositionBits) - 1));
         value_fragments(b, now_value, now);

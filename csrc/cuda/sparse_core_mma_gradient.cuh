@@ -78,7 +78,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
 #pragma unroll
     for (int e = 0; e < kJobSteps; ++e) {
       if (e >= static_cast<int>(job.y)) continue;
-      const unsigned meta = p.tiles.meta[(job.x + e) * 32 + lane];
+      const int step = static_cast<int>(job.x) + e;
+      const unsigned meta = word_of(p.tiles.meta[step / 2 * 32 + lane], step);
       positions[(i * kJobSteps + e) / 2] |= (meta & ((1 << kPositionBits) - 1)) << (i * kJobSteps + e) % 2 * 16;
     }
   }
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
   float* sums = reinterpret_cast<float*>(shared + warp * kExchangeBytes);
 #pragma unroll
   for (int i = 0; i < kJobs; ++i) {
-    const int64_t first_step = job_record(i).x;
+    const int first_step = static_cast<int>(job_record(i).x);
 #pragma unroll
     for (int e = 0; e < kJobSteps; ++e) {
       if (!has_step(i, e)) continue;
@@ -166,9 +167,9 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
         gpu::store(sums + (j * 8 + g) * 8 + 2 * q, make_float2(pair[0], pair[1]));
       }
       __syncwarp();
-      const int64_t step = first_step + e;
-      const unsigned meta = p.tiles.meta[step * 32 + lane];
-      const int p1 = meta >> kPositionBits & 3, p2 = meta >> (kPositionBits + 2);
+      const int step = first_step + e;
+      const unsigned meta = word_of(p.tiles.meta[step / 2 * 32 + lane], step);
+      const int p1 = meta >> kPositionBits & 3, p2 = meta >> (kPositionBits + 2) & 3;
       const float2 word = make_float2(sums[(p1 * 8 + 2 * q) * 8 + g], sums[(p2 * 8 + 2 * q + 1) * 8 + g]);
       gpu::store(p.partial + (blockIdx.y * p.tiles.steps + step) * 64 + lane * 2, word);
       __syncwarp();

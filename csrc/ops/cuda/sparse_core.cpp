@@ -9,6 +9,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -82,35 +83,39 @@ struct View {
   }
 
   void read_tiles(const Tensor& features) {
-    static constexpr const char* kNames[] = {"row_order", "feature_order", "step_ptr", "meta",
-                                             "source",    "jobs",          "job_ptr"};
-    STD_TORCH_CHECK(tiles.size() == 7, "tiles must be 7 tensors, got ", tiles.size());
+    struct Part {
+      const char* name;
+      ScalarType type;
+      int64_t dim;
+    };
+    static constexpr Part kParts[] = {{"row_order", ScalarType::Int, 2}, {"feature_order", ScalarType::UInt16, 2},
+                                      {"step_ptr", ScalarType::Int, 2},  {"meta", ScalarType::UInt16, 3},
+                                      {"source", ScalarType::Int, 3},    {"jobs", ScalarType::Int, 2},
+                                      {"job_ptr", ScalarType::Int, 1}};
+    STD_TORCH_CHECK(tiles.size() == std::size(kParts), "tiles must be 7 tensors, got ", tiles.size());
     for (size_t i = 0; i < tiles.size(); ++i) {
-      const bool narrow = i == 1 || i == 3;
-      check_device(tiles[i], kNames[i], features);
-      STD_TORCH_CHECK(tiles[i].scalar_type() == (narrow ? ScalarType::UInt16 : ScalarType::Int) &&
-                          tiles[i].is_contiguous() &&
-                          tiles[i].dim() == (i == 4   ? 3
-                                             : i == 6 ? 1
-                                                      : 2),
-                      "tiles: ", kNames[i], " has the wrong dtype or layout");
-      observe(tiles[i], kNames[i], Access::kRead);
+      const auto& [name, type, dim] = kParts[i];
+      check_device(tiles[i], name, features);
+      STD_TORCH_CHECK(tiles[i].scalar_type() == type && tiles[i].dim() == dim && tiles[i].is_contiguous(),
+                      "tiles: ", name, " has the wrong dtype or layout");
+      observe(tiles[i], name, Access::kRead);
     }
     tiled.groups = tiles[0].size(0);
     tiled.blocks = tiles[1].size(0);
     tiled.block = tiles[1].size(1);
-    tiled.steps = tiles[3].size(0);
+    tiled.steps = tiles[4].size(0);
     tiled.job_count = tiles[5].size(0);
     STD_TORCH_CHECK(tiled.groups == (compressed.rows + 7) / 8 && tiles[0].size(1) == 8 &&
                         tiles[2].size(0) == tiled.blocks && tiles[2].size(1) == tiled.groups + 1 &&
-                        tiles[3].size(1) == 32 && tiles[4].size(0) == tiled.steps && tiles[4].size(1) == 32 &&
-                        tiles[4].size(2) == 2 && tiles[5].size(1) == 4 && tiles[6].size(0) == tiled.blocks + 1 &&
-                        tiled.blocks * tiled.block >= compressed.columns && tiled.block % 128 == 0,
+                        tiles[3].size(0) == (tiled.steps + 1) / 2 && tiles[3].size(1) == 32 && tiles[3].size(2) == 2 &&
+                        tiles[4].size(1) == 32 && tiles[4].size(2) == 2 && tiles[5].size(1) == 4 &&
+                        tiles[6].size(0) == tiled.blocks + 1 && tiled.blocks * tiled.block >= compressed.columns &&
+                        tiled.block % 128 == 0,
                     "tiles do not fit the plan");
     tiled.row_order = static_cast<const int32_t*>(tiles[0].const_data_ptr());
     tiled.feature_order = static_cast<const uint16_t*>(tiles[1].const_data_ptr());
     tiled.step_ptr = static_cast<const int32_t*>(tiles[2].const_data_ptr());
-    tiled.meta = static_cast<const uint16_t*>(tiles[3].const_data_ptr());
+    tiled.meta = static_cast<const uint32_t*>(tiles[3].const_data_ptr());
     tiled.source = static_cast<const int32_t*>(tiles[4].const_data_ptr());
     tiled.jobs = static_cast<const int32_t*>(tiles[5].const_data_ptr());
     tiled.job_ptr = static_cast<const int32_t*>(tiles[6].const_data_ptr());
