@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contestants of stage "micro": those of the CPU benchmarks, each backend by itself, and what a GPU adds.
+
+auto           what a user gets: the backend (and for a layer the path) that the library chooses
+native, triton the same op with the backend forced
+peft           PEFT's own way: in 16 bits S is densified in every call, in float32 it is torch.sparse.mm
+dense:once     S + diag lam is a ready dense matrix: the dense product alone, the rival of every sparse kernel
+floor          sparse core: streaming the operands once; layer: the bare GEMMs of its cheapest order
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import frodkernels as fk
+from bench import _plain_torch as plain
+from bench import _truth, frod, sparse_core
+from bench._case import Case, make_case
+from bench._interleave import FLOOR, Contestant, Entry, Group, Unavailable
+from bench._timing import Clock
+from bench.gpu.plans import takes_tiles, tiles_for
+from bench.gpu.shapes import Job
+from bench.suites import DTYPES
+from frodkernels import _backends
+from frodkernels.ops import sparse_core as ops
+
+BACKENDS = ("native", "triton")
+OPS = ("sparse_core", "sparse_core_backward")
+
+
+def forced(made: Contestant, backend: str, device: str) -> Contestant:
+    """The same contestant with every op served by ``backend``."""
+    reason = next(filter(None, (_backends.unavailable(op, device, backend) for op in OPS)), None)
+    if reason is not None:
+        raise Unavailable(reason)
+    run, answers, saved = made.run, made.answers, made.saved
+
+    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            with fk.backend(backend):
+                return function(*arguments)
+
+        return call
+
+    made.run = inside(run)
+    made.answers = None if answers is None else inside(answers)
+    made.saved = None if saved is None else inside(saved)
+    made.detail = made.detail or backend
+    return made
+
+
+def _ours(case: Case, mode: str) -> Contestant:
+    csr, csc = case.pattern.csr, case.pattern.csc
+    z, u, lam, values = case.z, case.u, case.lam, case.values
+    forward, backward = ops.sparse_core, ops.sparse_core_backward
+    sixteen = z.element_size() == 2
+    rows = tiles_for(forward, case.pattern, False) if sixteen else {}
+    columns = tiles_for(forward, case.pattern, True) if sixteen else {}
+    detail = "tiles" if sixteen and takes_tiles(forward) else ""
+    runs: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward(z, lam, values, *csr, **rows),
+        "transpose": lambda: forward(u, lam, values, *csc, **columns),
+        "backward": lambda: backward(u, z, lam, values, *csc, [True, True, True], **columns),
+    }
+    return sparse_core._without_grad(runs[mode], NAMES[mode], detail)
+
+
+NAMES = {"forward": ("w",), "transpose": ("dz",), "backward": sparse_core.GRADIENTS}
+
+
+def transpose_truth(case: Case) -> _truth.Truth:
+    """(S + diag lam)^T u, the product of a backward that trains nothing."""
+
+    def answers(dtype: torch.dtype) -> _truth.Answers:
+        acc = torch.float64 if dtype == torch.float64 else torch.float32
+        return {"dz": (_truth._middle(case, acc).t() @ case.u.to(acc)).to(dtype)}
+
+    return answers
+
+
+def _plain(case: Case, mode: str, form: str) -> Contestant:
+    if mode != "transpose":
+        return sparse_core._plain(case, mode, form)
+    plan, u, lam, values = plain.Plan(case), case.u, case.lam, case.values
+    if form == "csr":
+        run: Callable[[], Tensor] = lambda: plain.csr_product(plan, u, lam, values, plan.transposed)  # noqa: E731
+    else:
+        run = lambda: plan.dense(values, lam, u.dtype).t() @ u  # noqa: E731
+    return sparse_core._without_grad(run, ("dz",), form)
+
+
+def _once(case: Case, mode: str) -> Contestant:
+    plan, z, u = plain.Plan(case), case.z, case.u
+    M = plan.dense(case.values, case.lam, z.dtype)
+    runs: dict[str, Callable[[], Any]] = {
+        "forward": lambda: M @ z,
+        "transpose": lambda: M.t() @ u,
+        "backward": lambda: (M.t() @ u, *reversed(plain.dense_entries(plan, u @ z.t()))),
+    }
+    return sparse_core._without_grad(runs[mode], NAMES[mode], "dense, made before")
+
+
+class _Ready(plain.Plan):
+    """A plan whose dense middle was made before."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+        self._ready = super().dense(case.values, case.lam, case.dtype)
+
+    def dense(self, values: Tensor, lam: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._ready
+
+
+def _layer_once(case: Case, mode: str) -> Contestant:
+    plan = _Ready(case)
+    lam, values = frod._trainable(case, mode)
+    function = plain.layer("dense", case, plan)
+    made = frod.contestant(lambda x: function(x, lam, values), case, mode, {"dlam": lam, "dvalues": values})
+    made.detail = "dense, made before"
+    return made
+
+
+def _core_group(job: Job, case: Case, compile: bool) -> Group:
+    mode, device = job.mode, case.device.type
+    stream = "forward" if mode == "transpose" else mode
+    makers: dict[str, Callable[[], Contestant]] = {
+        FLOOR: lambda: sparse_core._floor(case, stream),
+        "auto": lambda: _ours(case, mode),
+        **{name: functools.partial(lambda name: forced(_ours(case, mode), name, device), name) for name in BACKENDS},
+        "dense:once": lambda: _once(case, mode),
+        "torch:dense": lambda: _plain(case, mode, "dense"),
+        "torch:csr": lambda: _plain(case, mode, "csr"),
+    }
+    if mode != "transpose":  # PEFT and autograd have no transpose by itself
+        makers["peft"] = lambda: sparse_core._peft(case, mode)
+        if compile:
+            makers["compile"] = lambda: sparse_core._compiled(case, mode)
+    truth = transpose_truth(case) if mode == "transpose" else _truth.core(case, mode)
+    entries = tuple(Entry(name, make) for name, make in makers.items())
+    return Group(job.op, mode, job.shape, case.dtype, truth, entries, sparse_core._least_bytes(case, stream))
+
+
+def _layer_group(job: Job, case: Case, clock: Clock, compile: bool) -> Group:
+    mode, device = job.mode, case.device.type
+    paths = ("activation", "fold", "materialize")
+    makers: dict[str, Callable[[], Contestant]] = {
+        FLOOR: lambda: frod._floor(case, mode, clock),
+        "auto": lambda: frod.ours(case, mode, "auto"),
+        **{
+            name: functools.partial(lambda name: forced(frod.ours(case, mode, "activation"), name, device), name)
+            for name in BACKENDS
+        },
+        **{path: functools.partial(frod.ours, case, mode, path) for path in paths},
+        "peft": lambda: frod._peft(case, mode, accelerated=False),
+        "accelerated": lambda: frod._peft(case, mode, accelerated=True),
+        "dense:once": lambda: _layer_once(case, mode),
+        "torch": lambda: frod._plain(case, mode, clock),
+        "lora8": lambda: frod._lora(case, mode),
+    }
+    if compile:
+        makers["compile"] = lambda: frod._compiled(case, mode, clock)
+    return Group(
+        job.op, mode, job.shape, case.dtype, _truth.layer(case, mode), tuple(map(Entry, makers, makers.values()))
+    )
+
+
+def build(job: Job, device: torch.device, clock: Clock, compile: bool) -> Group:
+    """The group of one job, its operands on ``device``."""
+    case = make_case(job.shape, DTYPES[job.dtype], device)
+    return _core_group(job, case, compile) if job.op == "sparse_core" else _layer_group(job, case, clock, compile)

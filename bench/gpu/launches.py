@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches every native CUDA kernel at least once, on odd shapes: what compute-sanitizer watches.
+
+    python -m bench.gpu.launches DEVICE [--names] [--few]
+
+``--names`` prints the names of the GPU kernels that ran (through torch.profiler), one a line, after "kernel ".
+Every operator ``frodkernels::native_*`` that has a kernel for the device must be among the calls here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+
+import frodkernels as fk
+from bench._machine import ROOT
+from bench.gpu.plans import sixteen_bits, takes_tiles, tiles_for
+from frodkernels import _native, _ops
+
+# features, tokens, density: decode, odd, one past a tile, several feature blocks; sparse as adapters are, and full rows
+SIZES = [(19, 1, 0.3), (33, 7, 0.5), (129, 65, 0.05), (130, 257, 0.02), (515, 129, 0.01), (640, 513, 0.01)]
+BLOCKS = (128, 512)  # of the tensor-core plan
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles"}  # these compute nothing on a device
+
+
+def native_ops(device: str) -> list[str]:
+    """The native operators that have a kernel for ``device`` ("cpu" or "cuda")."""
+    _native.load()
+    names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "::native_" in name}
+    found = [n for n in sorted(names) if _ops.native_serves(n.removeprefix("native_"), device)]
+    return [name for name in found if name not in NOT_CALLED]
+
+
+def pattern_of(n: int, density: float, generator: torch.Generator) -> fk.SparsePattern:
+    nnz = max(1, int(n * n * density))
+    flat = torch.randperm(n * n, generator=generator)[:nnz]
+    return fk.SparsePattern(flat // n, flat % n, (n, n))
+
+
+def _sparse_core(device: torch.device, few: bool) -> Iterator[Callable[[], object]]:
+    """Both ops: every dtype, both layouts of the output, every choice of gradients, with and without tiles."""
+    generator = torch.Generator().manual_seed(0)
+    core, backward = (_ops.native(name) for name in ("sparse_core", "sparse_core_backward"))
+    for n, T, density in SIZES[:2] if few else SIZES:
+        pattern = pattern_of(n, density, generator).to(device)
+        for dtype in DTYPES:
+            u, z = (torch.randn(n, T, generator=generator).to(device, dtype) for _ in range(2))
+            parameters = (torch.randn(n, generator=generator), torch.randn(pattern.nnz, generator=generator))
+            acc = torch.float64 if dtype == torch.float64 else torch.float32
+            plans: list[tuple[dict, dict]] = [({}, {})]
+            if takes_tiles(core) and sixteen_bits(z):
+                plans += [(tiles_for(core, pattern, False, k), tiles_for(core, pattern, True, k)) for k in BLOCKS]
+            for param_dtype, (rows, columns), major in itertools.product({acc, dtype}, plans, (False, True)):
+                lam, values = (p.to(device, param_dtype) for p in parameters)
+                yield functools.partial(core, z, lam, values, *pattern.csr, major, **rows)
+                yield functools.partial(core, u, lam, values, *pattern.csc, major, **columns)
+                for needs in ([True] * 3, [True, False, False], [False, True, True]):
+                    yield functools.partial(backward, u, z, lam, values, *pattern.csc, needs, major, **columns)
+                yield functools.partial(core, z.t().contiguous().t(), None, values, *pattern.csr, major)
+
+
+# operator -> the calls that launch its kernels
+CALLS: dict[str, Callable[[torch.device, bool], Iterator[Callable[[], object]]]] = {
+    "native_sparse_core": _sparse_core,
+    "native_sparse_core_backward": _sparse_core,
+}
+
+
+def uncovered(device: str) -> list[str]:
+    """Operators with a kernel for ``device`` that nothing here calls."""
+    return [name for name in native_ops(device) if name not in CALLS]
+
+
+def declared_kernels() -> set[str]:
+    """The names of the ``__global__`` functions in csrc/cuda."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")))
+    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
+    text = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", "", text)
+    return set(re.findall(r"__global__\s+(?:static\s+)?void\s+([A-Za-z_]\w*)\s*\(", text))
+
+
+def call_all(device: torch.device, few: bool = False) -> int:
+    """Launch everything that is there; the number of calls."""
+    made = 0
+    for source in dict.fromkeys(CALLS[name] for name in native_ops(device.type) if name in CALLS):
+        for call in source(device, few):
+            call()
+            made += 1
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.launches", description=__doc__)
+    parser.add_argument("device")
+    parser.add_argument("--names", action="store_true")
+    parser.add_argument("--few", action="store_true", help="two small sizes only")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    if not options.names:
+        made = call_all(device, options.few)
+    else:
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+        with profile(activities=kinds) as profiler:
+            made = call_all(device, options.few)
+        on_device = device.type.upper()
+        names = {event.name for event in profiler.events() if event.device_type.name == on_device}
+        for name in sorted(names):
+            print(f"kernel {name}")
+    print(f"calls {made}")
+    print(f"uncovered {' '.join(uncovered(device.type))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
