@@ -44,6 +44,9 @@ file(GLOB simt_kernels CONFIGURE_DEPENDS "${simt_source}/csrc/cuda/*.cu" "${simt
 file(GLOB simt_bindings CONFIGURE_DEPENDS "${simt_source}/csrc/ops/cuda/*.cpp")
 set_source_files_properties(${simt_kernels} PROPERTIES LANGUAGE CXX)
 
+set(simt_exports "${CMAKE_CURRENT_BINARY_DIR}/exports.map")
+file(CONFIGURE OUTPUT "${simt_exports}" CONTENT "{ global: PyInit_*; local: *; };\n")
+
 # frodkernels_simt_module(name, objects of the checker or nothing, flags of the kernels...)
 function(frodkernels_simt_module name checker)
   add_library(${name}_kernels OBJECT ${simt_kernels})
@@ -60,8 +63,8 @@ function(frodkernels_simt_module name checker)
   add_library(${name} MODULE)
   set_target_properties(${name} PROPERTIES PREFIX "" SUFFIX ".${Python_SOABI}.so" LINKER_LANGUAGE CXX)
   target_link_libraries(${name} PRIVATE ${name}_kernels ${name}_bindings simt_executor ${checker})
-  # The modules and the library share names: each binds to its own.
-  target_link_options(${name} PRIVATE -Wl,-Bsymbolic -Wl,--exclude-libs,ALL)
+  # The modules and the library share names: each binds to its own and shows none.
+  target_link_options(${name} PRIVATE -Wl,-Bsymbolic "-Wl,--version-script=${simt_exports}")
   target_link_libraries(${name} PRIVATE "-L${FRODKERNELS_TORCH_DIR}/lib" -ltorch_cpu ${CMAKE_DL_LIBS} pthread)
   add_dependencies(simt ${name})
 endfunction()

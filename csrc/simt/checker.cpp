@@ -150,7 +150,8 @@ void access(const void* p, int bytes, unsigned kind, const void* pc, const Threa
     }
   }
   if (a + static_cast<uintptr_t>(bytes) > buffer->start + buffer->bytes) out_of_bounds(a, bytes, write, pc);
-  if (bytes <= 16 && a % static_cast<unsigned>(bytes)) {
+  const bool one_access = (bytes & (bytes - 1)) == 0 && bytes <= 16;  // else part of a cp.async, or a struct
+  if (one_access && a % static_cast<unsigned>(bytes)) {
     fail("misaligned %s: %d bytes at %s, at %s", write ? "write" : "read", bytes, place_in(*buffer, a).c_str(),
          pc_text(pc).c_str());
   }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each class of fault is planted and must be caught; the right twin must pass in silence (csrc/simt/planted/faults.cuh)."""
+"""Each class of fault is planted and must be caught; its right twin must pass in silence (simt/planted/faults.cuh)."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def scheduled(request, checker):
     return checker
 
 
-# --- races and barriers ------------------------------------------------------------------------------------------------
+# --- races and barriers -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kernel", ["reverse_tiles", "reverse_copies"])
 def test_right_twins_of_the_tile_kernels(scheduled, kernel):
     x, y = torch.randn(192), empty(192)
@@ -99,7 +99,7 @@ def test_last_block_pattern_is_reported(checker):
     assert outcome.reports and all(text.startswith("race (write, read): p0") for text in outcome.reports)
 
 
-# --- indices, bounds, alignment, initialisation ------------------------------------------------------------------------
+# --- indices, bounds, alignment, initialisation -----------------------------------------------------------------------
 def test_swapped_index(checker, plain):
     square, wide = torch.randn(20, 20), torch.randn(20, 30)
     for x in (square, wide):
@@ -183,7 +183,7 @@ def test_misaligned_instructions(plain, checker, bug, text):
         assert run(module, "copy_rows", (torch.randn(128), "r"), (empty(32), "w"), bug=bug).says(text, "faults.cuh:")
 
 
-# --- barriers and collectives ------------------------------------------------------------------------------------------
+# --- barriers and collectives -----------------------------------------------------------------------------------------
 def test_divergent_barriers(plain):
     assert run(plain, "barriers", (empty(64), "w")).clean
     assert run(plain, "barriers", (empty(64), "w"), bug=1).says("divergent barrier", "faults.cuh:")

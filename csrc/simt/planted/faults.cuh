@@ -226,7 +226,7 @@ template <int kBug>
 __global__ void unsanitary(float* x, int* k, int n) {
   SIMT_SHARED(float, tile, [kThreads]);
   tile[threadIdx.x] = x[threadIdx.x % n + (kBug == 1 ? n : 0)];
-  if (kBug == 2) tile[threadIdx.x + n] = 1;
+  if (kBug == 2) gpu::store(&tile[0] + threadIdx.x + n, 1.0f);
   if (kBug == 3) k[0] += k[1];
   if (kBug == 4) tile[threadIdx.x] = static_cast<float>(*reinterpret_cast<const double*>(x + 1));
   __syncthreads();

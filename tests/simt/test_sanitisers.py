@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AddressSanitizer and UBSan on kernels, in a process of their own."""
+
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.simt import executor
+
+# x has n floats, k two ints. Their memory comes from the allocator that the sanitiser watches.
+SCRIPT = """
+import torch
+n = 40
+x, k = torch.ones(n), torch.tensor([2**31 - 1, 1], dtype=torch.int32)
+simt.planted("unsanitary", [x.data_ptr(), k.data_ptr()], [n], {bug})
+print("came through", x[0].item())
+"""
+RIGHT = """
+import torch
+x, y = torch.randn(192), torch.empty(192)
+for order in ("forward", "reverse", "random"):
+    simt.configure(order=order)
+    simt.planted("reverse_copies", [x.data_ptr(), y.data_ptr()], [3], 0)
+    assert torch.equal(y, x.view(-1, 64).flip(1).reshape(-1))
+for bug in (1, 2):  # the executor's own faults leave fibers behind; the sanitiser must not stumble over them
+    try:
+        simt.planted("barriers", [y.data_ptr()], [], bug)
+    except RuntimeError:
+        simt.planted("barriers", [y.data_ptr()], [], 0)
+print("came through", torch.ops.simt_asan.native_sparse_core)
+"""
+
+
+def outcome(script):
+    command, environment = executor.asan_command(script)
+    return subprocess.run(command, env=environment, cwd=executor.ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """All processes at once: their start is what takes time."""
+    try:
+        executor.build("_simt_asan")
+    except executor.NoToolkit as error:
+        pytest.skip(str(error))
+    scripts = {bug: SCRIPT.format(bug=bug) for bug in range(5)} | {"right": RIGHT}
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(scripts, pool.map(outcome, scripts.values()), strict=True))
+
+
+@pytest.mark.parametrize("which", [0, "right"])
+def test_right_kernels_come_through(outcomes, which):
+    assert outcomes[which].returncode == 0, outcomes[which].stderr
+    assert "came through" in outcomes[which].stdout
+
+
+@pytest.mark.parametrize(
+    "bug, text",
+    [
+        (1, "heap-buffer-overflow"),
+        (2, "use-after-poison"),  # the gap behind a shared variable
+        (3, "signed integer overflow: 2147483647 + 1"),
+        (4, "load of misaligned address"),
+    ],
+    ids=["heap overflow", "shared overflow", "signed overflow", "misaligned load"],
+)
+def test_planted_faults_are_caught(outcomes, bug, text):
+    assert outcomes[bug].returncode != 0 and "came through" not in outcomes[bug].stdout
+    assert text in outcomes[bug].stderr
+    assert "faults.cuh" in outcomes[bug].stderr
