@@ -64,6 +64,8 @@ struct Warp {
 
 struct Counts {
   uint64_t launches = 0, blocks = 0, threads = 0, barriers = 0, collectives = 0, mma = 0, ldmatrix = 0, cp_async = 0;
+  uint64_t grid = 0;                             // blocks of the launches, whether run or not (Config::sample)
+  uint64_t block_threads = 0, shared_bytes = 0;  // of a block: the most of all launches; shared: dynamic
   void operator+=(const Counts& other);
 };
 

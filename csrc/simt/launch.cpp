@@ -29,6 +29,8 @@ struct Launch {
   const void* arguments;
   size_t argument_bytes;
 
+  uint64_t every = 1;  // of its blocks run the first, and every so many
+
   uint64_t blocks() const { return uint64_t{grid.x} * grid.y * grid.z; }
   int threads() const { return static_cast<int>(size.x * size.y * size.z); }
 };
@@ -77,9 +79,9 @@ void run_blocks(const Launch& l, std::atomic<uint64_t>& next, std::atomic<bool>&
   prepare(b, l);
   if (checker.launch_begin) checker.launch_begin(b);
   begin_shared(b, l.shared_bytes);
-  const uint64_t blocks = l.blocks();
+  const uint64_t blocks = (l.blocks() - 1) / l.every + 1;
   for (uint64_t i; !failed && (i = next++) < blocks;) {
-    const uint64_t j = config.order == Order::kReverse ? blocks - 1 - i : i;
+    const uint64_t j = (config.order == Order::kReverse ? blocks - 1 - i : i) * l.every;
     b.index = {static_cast<unsigned>(j % l.grid.x), static_cast<unsigned>(j / l.grid.x % l.grid.y),
                static_cast<unsigned>(j / (uint64_t{l.grid.x} * l.grid.y))};
     run_block(b);
@@ -93,6 +95,12 @@ std::string without_brackets(std::string name) {
   return name;
 }
 
+// How many blocks there are to one that runs.
+uint64_t sampled_every(const std::string& kernel) {
+  const auto found = config.sample.find(kernel.substr(0, kernel.find('<')));
+  return found == config.sample.end() ? 1 : found->second;
+}
+
 }  // namespace
 
 void Counts::operator+=(const Counts& other) {
@@ -104,6 +112,9 @@ void Counts::operator+=(const Counts& other) {
   mma += other.mma;
   ldmatrix += other.ldmatrix;
   cp_async += other.cp_async;
+  grid += other.grid;
+  block_threads = std::max(block_threads, other.block_threads);
+  shared_bytes = std::max(shared_bytes, other.shared_bytes);
 }
 
 std::map<std::string, Counts> kernel_counts() {
@@ -124,11 +135,17 @@ void forget_counts() {
 void launch(const char* kernel, const void* function, dim3 grid, dim3 size, size_t shared_bytes, Body body,
             const void* arguments, size_t argument_bytes) {
   if (block) fail("a kernel cannot launch a kernel here");
-  const Launch l{without_brackets(kernel), function, grid, size, shared_bytes, body, arguments, argument_bytes};
+  Launch l{without_brackets(kernel), function, grid, size, shared_bytes, body, arguments, argument_bytes};
   check(l);
+  l.every = sampled_every(l.kernel);
   {
     const std::lock_guard<std::mutex> lock(counts_mutex);
-    ++counts[l.kernel].launches;
+    Counts launched;
+    launched.launches = 1;
+    launched.grid = l.blocks();
+    launched.block_threads = static_cast<uint64_t>(l.threads());
+    launched.shared_bytes = shared_bytes;
+    counts[l.kernel] += launched;
     ++ever[l.kernel];
   }
   std::atomic<uint64_t> next{0};

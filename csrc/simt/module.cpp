@@ -19,12 +19,15 @@ simt::Order order_of(const std::string& name) {
 }
 
 void configure(const std::string& order, uint64_t seed, int threads, bool lazy_copies, int yield_permille, int sms,
-               int shared_per_block, int capability) {
+               int shared_per_block, int capability, const std::map<std::string, uint64_t>& sample) {
   if (threads < 1) throw py::value_error("threads must be at least 1");
   if (threads > 1 && simt::checker.access)
     throw py::value_error("the checker runs on one OS thread: threads must be 1");
   if (yield_permille < 0 || yield_permille > 1000) throw py::value_error("yield_permille must be between 0 and 1000");
-  simt::config = {order_of(order), seed, threads, lazy_copies, yield_permille, sms, shared_per_block, capability};
+  for (const auto& [kernel, every] : sample)
+    if (every < 1) throw py::value_error("sample[" + kernel + "] must be at least 1");
+  simt::config = {order_of(order),  seed,       threads, lazy_copies, yield_permille, sms,
+                  shared_per_block, capability, sample};
 }
 
 void reset() {
@@ -76,6 +79,9 @@ py::dict as_dict(const simt::Counts& c) {
   d["mma"] = c.mma;
   d["ldmatrix"] = c.ldmatrix;
   d["cp_async"] = c.cp_async;
+  d["grid"] = c.grid;
+  d["block_threads"] = c.block_threads;
+  d["shared_bytes"] = c.shared_bytes;
   return d;
 }
 
@@ -101,11 +107,14 @@ void bind(py::module_& m) {
   const simt::Config standard;
   m.attr("checked") = simt::checker.access != nullptr;
   m.def("configure", &configure,
-        "How kernels run, and the device they see; what is not named goes back to its default.", py::kw_only(),
-        py::arg("order") = "forward", py::arg("seed") = standard.seed, py::arg("threads") = standard.threads,
-        py::arg("lazy_copies") = standard.lazy_copies, py::arg("yield_permille") = standard.yield_permille,
-        py::arg("sms") = standard.sms, py::arg("shared_per_block") = standard.shared_per_block,
-        py::arg("capability") = standard.capability);
+        "How kernels run, and the device they see; what is not named goes back to its default. `sample` maps kernels "
+        "(names without template arguments) to k: only the first and every k-th block of their launches run. What such "
+        "a launch leaves behind is incomplete: it is for counting, where grid / blocks scales the counts of what ran.",
+        py::kw_only(), py::arg("order") = "forward", py::arg("seed") = standard.seed,
+        py::arg("threads") = standard.threads, py::arg("lazy_copies") = standard.lazy_copies,
+        py::arg("yield_permille") = standard.yield_permille, py::arg("sms") = standard.sms,
+        py::arg("shared_per_block") = standard.shared_per_block, py::arg("capability") = standard.capability,
+        py::arg("sample") = standard.sample);
   m.def("reset", &reset, "Untracks all buffers and drops reports and counters.");
   m.def("track", &track, "Tells the checker of a buffer.", py::arg("ptr"), py::arg("bytes"), py::arg("name"),
         py::arg("writable"), py::arg("initialised"));

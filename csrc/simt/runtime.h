@@ -8,6 +8,8 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
+#include <string>
 
 namespace simt {
 
@@ -29,6 +31,7 @@ struct Config {
   int sms = 108;
   int shared_per_block = 166912;  // bytes a block may have after gpu::allow_shared
   int capability = 80;
+  std::map<std::string, uint64_t> sample;  // of these kernels (names without template arguments) run every k-th block
 };
 extern Config config;
 
