@@ -3,7 +3,7 @@
 
 ``plain()`` runs kernels fast, ``checker()`` checks and counts every memory access of theirs. Both are pybind11 modules
 (csrc/simt/module.cpp) and register the CUDA bindings for CPU tensors: ``torch.ops.simt`` and ``torch.ops.simt_check``.
-``asan_command`` runs a script in a process of its own under AddressSanitizer and UBSan with ``torch.ops.simt_asan``.
+``under_asan`` runs scripts in processes of their own under AddressSanitizer and UBSan, with ``torch.ops.simt_asan``.
 
 By hand: ``python tests/simt/executor.py [_simt ...]`` builds (all modules when none is named).
 """
@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import functools
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "simt"
@@ -115,28 +117,65 @@ def checker() -> ModuleType:
     return load("_simt_check")
 
 
-def asan_command(script: str) -> tuple[list[str], dict[str, str]]:
-    """The command and environment of a process that runs `script` with ``simt_asan`` already imported as ``simt``."""
+class Ended(NamedTuple):
+    """How a script under the sanitisers ended."""
+
+    status: int  # 0: it came through; negative: a signal
+    output: str  # what it and the sanitisers printed
+
+
+# Each script runs in a fork of a process that has imported torch and the module once: that import is what takes time.
+ASAN_START = """
+import json, os, sys, tempfile, traceback
+from tests.simt.executor import load_built
+simt = load_built("_simt_asan")
+import torch
+torch.set_num_threads(1)
+ends = []
+for script in json.load(sys.stdin):
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        child = os.fork()
+        if child == 0:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            try:
+                exec(script, {"simt": simt, "torch": torch})
+            except BaseException:
+                traceback.print_exc()
+                sys.stdout.flush(), sys.stderr.flush(), os._exit(1)
+            sys.stdout.flush(), sys.stderr.flush(), os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        output.seek(0)
+        ends.append((status, output.read()))
+json.dump(ends, sys.stdout)
+"""
+
+
+def under_asan(scripts: list[str]) -> list[Ended]:
+    """Run each script by itself with AddressSanitizer and UBSan watching the kernels and the tensors' memory.
+
+    A script finds ``torch``, the module as ``simt`` and the ops in ``torch.ops.simt_asan``. A finding of the sanitisers
+    ends it with a status other than 0 and a report in the output.
+    """
     build("_simt_asan")
     compiler = os.environ.get("CXX", "g++").split()[0]
-    libraries = [
+    preload = [
         subprocess.run(
             [compiler, f"-print-file-name={name}"], check=True, capture_output=True, text=True
         ).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
+        for name in ("libasan.so", "libstdc++.so")  # the latter: libasan looks for its exceptions at the start
     ]
-    start = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import executor; "
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": ":".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:exitcode=99",
+    environment = os.environ | {
+        "LD_PRELOAD": ":".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own would drown ours
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
-    return [
-        sys.executable,
-        "-c",
-        start + "simt = executor.load_built('_simt_asan'); import torch\n" + script,
-    ], environment
+    command = [sys.executable, "-c", ASAN_START]
+    done = subprocess.run(command, input=json.dumps(scripts), capture_output=True, text=True, env=environment, cwd=ROOT)
+    if done.returncode != 0:
+        raise RuntimeError(f"the process under AddressSanitizer failed\n{done.stdout}\n{done.stderr}")
+    return [Ended(*end) for end in json.loads(done.stdout)]
 
 
 if __name__ == "__main__":

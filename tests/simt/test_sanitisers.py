@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """AddressSanitizer and UBSan on kernels, in a process of their own."""
 
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 
 from tests.simt import executor
 
 # x has n floats, k two ints. Their memory comes from the allocator that the sanitiser watches.
 SCRIPT = """
-import torch
 n = 40
 x, k = torch.ones(n), torch.tensor([2**31 - 1, 1], dtype=torch.int32)
 simt.planted("unsanitary", [x.data_ptr(), k.data_ptr()], [n], {bug})
 print("came through", x[0].item())
 """
 RIGHT = """
-import torch
 x, y = torch.randn(192), torch.empty(192)
 for order in ("forward", "reverse", "random"):
     simt.configure(order=order)
@@ -32,27 +27,18 @@ print("came through", torch.ops.simt_asan.native_sparse_core)
 """
 
 
-def outcome(script):
-    command, environment = executor.asan_command(script)
-    return subprocess.run(command, env=environment, cwd=executor.ROOT, capture_output=True, text=True, timeout=300)
-
-
 @pytest.fixture(scope="module")
-def outcomes():
-    """All processes at once: their start is what takes time."""
+def ends():
+    scripts = {bug: SCRIPT.format(bug=bug) for bug in range(5)} | {"right": RIGHT}
     try:
-        executor.build("_simt_asan")
+        return dict(zip(scripts, executor.under_asan(list(scripts.values())), strict=True))
     except executor.NoToolkit as error:
         pytest.skip(str(error))
-    scripts = {bug: SCRIPT.format(bug=bug) for bug in range(5)} | {"right": RIGHT}
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(scripts, pool.map(outcome, scripts.values()), strict=True))
 
 
 @pytest.mark.parametrize("which", [0, "right"])
-def test_right_kernels_come_through(outcomes, which):
-    assert outcomes[which].returncode == 0, outcomes[which].stderr
-    assert "came through" in outcomes[which].stdout
+def test_right_kernels_come_through(ends, which):
+    assert ends[which].status == 0 and "came through" in ends[which].output, ends[which].output
 
 
 @pytest.mark.parametrize(
@@ -65,7 +51,11 @@ def test_right_kernels_come_through(outcomes, which):
     ],
     ids=["heap overflow", "shared overflow", "signed overflow", "misaligned load"],
 )
-def test_planted_faults_are_caught(outcomes, bug, text):
-    assert outcomes[bug].returncode != 0 and "came through" not in outcomes[bug].stdout
-    assert text in outcomes[bug].stderr
-    assert "faults.cuh" in outcomes[bug].stderr
+def test_planted_faults_are_caught(ends, bug, text):
+    assert ends[bug].status != 0 and "came through" not in ends[bug].output
+    assert text in ends[bug].output and "faults.cuh:" in ends[bug].output
+
+
+def test_a_script_that_raises_is_no_success():
+    (end,) = executor.under_asan(["raise ValueError('no')"])
+    assert end.status == 1 and "ValueError: no" in end.output
