@@ -119,7 +119,8 @@ def drive(
 
 
 def _drive_stage(module: ModuleType, report: reports.Report, options: Options, save: Any) -> None:
-    records = report["stages"].setdefault(module.NAME, {})
+    before = report["stages"].get(module.NAME, {})
+    records = report["stages"][module.NAME] = {}
     try:
         gather = getattr(module, "inputs", None)
         options.inputs = gather(report) if gather else {}
@@ -128,9 +129,10 @@ def _drive_stage(module: ModuleType, report: reports.Report, options: Options, s
         records["plan"] = record("crashed", f"the stage could not be planned: {type(fault).__name__}: {fault}")
         save()
         return
-    todo = [item for item in items if records.get(item.id, {}).get("status") not in KEPT]
-    for item in todo:
-        records[item.id] = record(NOT_RUN, "its turn has not come")
+    for item in items:
+        records[item.id] = before.get(item.id, record(NOT_RUN, "its turn has not come"))
+    again = getattr(module, "AGAIN", False)
+    todo = [item for item in items if again or records[item.id]["status"] not in KEPT]
     print(f"== {module.NAME}: {len(todo)} of {len(items)} to do", flush=True)
     save()
 

@@ -3,22 +3,22 @@
 
     python -m bench.gpu.child JOB.json EVENTS.jsonl
 
-Events: {"begin": item}, {"mark": text}, {"end": item, "record": {...}}. An exception in an item is its record; so is a
-device that no longer answers afterwards (a kernel's fault is sticky), and then the process ends, for nothing that
-follows in it could be trusted.
+Events: {"begin": item, "log": where its output begins}, {"mark": text}, {"end": item, "record": {...}}. An exception
+in an item is its record; so is a device that no longer answers afterwards (a kernel's fault is sticky), and then the
+process ends, for nothing that follows in it could be trusted.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
 from typing import IO, Any
 
-from bench._interleave import Unavailable
-from bench.gpu.stage import FAILED, UNAVAILABLE, Options, Record, record
+from bench.gpu.stage import FAILED, UNAVAILABLE, Options, Record, Unavailable, record
 
 POISONED = 86  # exit status: the device is lost to this process
 
@@ -59,7 +59,8 @@ def main() -> int:
     with open(sys.argv[2], "a", encoding="utf-8") as events:
         module = importlib.import_module(job["module"])
         for item in job["items"]:
-            _tell(events, begin=item)
+            sys.stdout.flush()
+            _tell(events, begin=item, log=os.fstat(1).st_size)  # stdout and stderr go to one file
             done = do(module, item, options, events)
             fault = device_fault()
             if fault is not None:

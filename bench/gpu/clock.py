@@ -24,10 +24,10 @@ class DeviceClock:
 
     cache = "cold"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cuda") -> None:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         size = max(GPU_FLUSH, 3 * getattr(properties, "L2_cache_size", 0))
-        self._flush = torch.zeros(size // 4, device="cuda")
+        self._flush = torch.zeros(size // 4, device=device)
         self._hertz = 1e3 * (getattr(properties, "clock_rate", 0) or 1_500_000)
         self._queueing: dict[Callable[[Any], Any], float] = {}
 

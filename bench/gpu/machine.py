@@ -13,9 +13,8 @@ import subprocess
 import sys
 from typing import Any
 
-from bench._interleave import Unavailable
 from bench._machine import ROOT, describe, load_warning
-from bench.gpu.stage import OK, Item, Mark, Options, Record, not_ok, record, table
+from bench.gpu.stage import OK, Item, Mark, Options, Record, Unavailable, not_ok, record, table
 
 NAME, TITLE = "machine", "Machine"
 

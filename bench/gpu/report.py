@@ -71,7 +71,7 @@ def render(report: Report, modules: Sequence[Any]) -> str:
         if ends:
             parts.append(f"### What went wrong in “{module.NAME}”\n\n{ends}")
     parts.append("## Data\n")
-    data = json.dumps(report, indent=None, separators=(",", ":"), sort_keys=True, default=str)
+    data = json.dumps(report, indent=None, separators=(",", ":"), default=str)
     return "\n".join(parts) + "\n" + _OPEN + data + _CLOSE
 
 

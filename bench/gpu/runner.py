@@ -102,7 +102,7 @@ class _Child:
                 if "begin" in event:
                     self.at = next(item for item in self.items if item.id == event["begin"])
                     self.mark, self._began = "", time.monotonic()
-                    self._log_start = (self.folder / "log").stat().st_size
+                    self._log_start = event["log"]
                 elif "mark" in event:
                     self.mark = event["mark"]
                 elif "fault" in event:

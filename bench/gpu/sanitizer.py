@@ -9,10 +9,9 @@ import shutil
 import subprocess
 import sys
 
-from bench._interleave import Unavailable
 from bench._machine import ROOT
 from bench.gpu.launches import declared_kernels
-from bench.gpu.stage import FAILED, OK, UNAVAILABLE, Item, Mark, Options, Record, not_ok, record, table
+from bench.gpu.stage import FAILED, OK, UNAVAILABLE, Item, Mark, Options, Record, Unavailable, not_ok, record, table
 
 NAME, TITLE = "sanitizer", "compute-sanitizer"
 

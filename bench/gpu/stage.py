@@ -10,6 +10,7 @@ budget(options)        -> seconds for the whole stage; what has not begun by the
 verdict(records)       -> one line for the table at the top of the report
 render(records)        -> the stage's section of the report, Markdown
 expected(records)      -> for a dry run: what is not as it should be, one sentence each
+AGAIN                  optional: True where results are never kept, for they depend on other stages
 inputs(report)         -> optional: what the stage needs from the stages before it, put into ``options.inputs``
 """
 
@@ -26,6 +27,11 @@ TIMEOUT = "timeout"  # was stopped at its time limit
 UNAVAILABLE = "unavailable"  # something it needs is not there; the summary says what
 NOT_RUN = "not run"  # its turn did not come
 KEPT = (OK, FAILED)  # results: an interrupted run that goes on does not repeat them
+
+
+class Unavailable(Exception):
+    """Something an item needs is not there; the message says what."""
+
 
 Record = dict[str, Any]  # status, summary, data; tail and seconds are added by the runner
 Mark = Callable[[str], None]

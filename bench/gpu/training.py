@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from bench._interleave import Unavailable
-from bench.gpu.stage import FAILED, OK, UNAVAILABLE, Item, Mark, Options, Record, record, table
+from bench.gpu.stage import FAILED, OK, UNAVAILABLE, Item, Mark, Options, Record, Unavailable, record, table
 from bench.gpu.tasks import TASKS, settings, training_of
 
 NAME, TITLE = "training", "PEFT's method comparison"
