@@ -89,9 +89,10 @@ def _load(op: str, name: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(f"{package}.{FAMILIES[op]}"), op)
 
 
-def implementation(op: str, device: str) -> Callable[..., Any]:
-    """The callable that serves ``op`` on ``device`` now."""
-    return _load(op, select(op, device))
+def implementation(op: str, device: str) -> tuple[str, Callable[..., Any]]:
+    """The backend that serves ``op`` on ``device`` now, and its callable."""
+    name = select(op, device)
+    return name, _load(op, name)
 
 
 @contextlib.contextmanager

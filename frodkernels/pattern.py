@@ -44,6 +44,9 @@ class _TileStore:
         self._lock = threading.Lock()
         self._made: dict[tuple[bool, int], dict[torch.device, Tiles]] = {}
 
+    def ready(self, pattern: SparsePattern, transpose: bool, block: int) -> Tiles:
+        return self._made.get((transpose, block), {}).get(pattern.device, ())
+
     def get(self, pattern: SparsePattern, transpose: bool, block: int) -> Tiles:
         made = self._made.get((transpose, block), {}).get(pattern.device)
         if made is not None:
@@ -278,9 +281,9 @@ class SparsePattern:
             block: features of a feature block, a multiple of 128 up to 4096.
 
         Returns:
-            ``(row_order, feature_order, step_ptr, meta, source, jobs, job_ptr)`` on this pattern's device; ``()`` where the pattern
-            is too large for the format (more than 65535 columns of the view, 2^24 cells, or 2^31 - 1 entries with the
-            diagonal) or the native library is not there.
+            ``(row_order, feature_order, step_ptr, meta, source, jobs, job_ptr)`` on this pattern's device; ``()`` where
+            the pattern is too large for the format (more than 65535 columns of the view, 2^24 cells, or 2^31 - 1
+            entries with the diagonal) or the native library is not there.
 
         Raises:
             ValueError: a block that is no multiple of 128 up to 4096.
@@ -288,6 +291,10 @@ class SparsePattern:
         if not 0 < block <= _TILED_BLOCK or block % _BLOCK_UNIT:
             raise ValueError(f"block must be a multiple of {_BLOCK_UNIT} up to {_TILED_BLOCK}, got {block}")
         return self._tiles.get(self, bool(transpose), block)
+
+    def ready_tiles(self, transpose: bool, block: int) -> tuple[Tensor, ...]:
+        """What :meth:`tiles` would return, if it has been asked for on this device before; else ``()``."""
+        return self._tiles.ready(self, transpose, block)
 
     def __deepcopy__(self, memo: dict) -> SparsePattern:
         return self  # immutable: copies of a model go on sharing it

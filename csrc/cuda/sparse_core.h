@@ -70,8 +70,9 @@ int64_t gradient_fma_scratch(const Gradient& a);
 const char* gradient_fma(const Gradient& a, void* scratch, CUstream_st* stream);
 
 // Tensor-core kernels: float16 and bfloat16. `packed` is scratch of packed_bytes(tiles) bytes.
-// Both take only plans whose block is at most mma_block_limit() on the current device.
+// Both take only plans whose block is at most mma_block_limit() on the current device; tile_block is the best for it.
 int64_t mma_block_limit();
+int64_t tile_block(int64_t columns);
 int64_t packed_bytes(const Tiles& tiles);
 const char* product_mma(const Product& a, const Tiles& tiles, void* packed, CUstream_st* stream);
 int64_t gradient_mma_scratch(const Gradient& a, const Tiles& tiles);

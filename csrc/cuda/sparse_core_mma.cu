@@ -138,6 +138,14 @@ int64_t mma_block_limit() {
   return block;
 }
 
+// Feature blocks of about equal size, as few as fit: entries of large blocks spread more evenly over shared memory.
+int64_t tile_block(int64_t columns) {
+  const int64_t limit = mma_block_limit();
+  if (limit == 0 || columns == 0) return 0;
+  const int64_t blocks = (columns + limit - 1) / limit, each = (columns + blocks - 1) / blocks;
+  return (each + kBlockUnit - 1) / kBlockUnit * kBlockUnit;
+}
+
 int64_t packed_bytes(const Tiles& tiles) { return kHeaderBytes + tiles.steps * kStepSlots * 4; }
 
 const char* product_mma(const Product& a, const Tiles& tiles, void* packed, CUstream_st* stream) {

@@ -285,6 +285,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_core_backward(const Tensor& u, const T
                                                : run_backward<float>(u, z, lam, values, slots, needs, token_major);
 }
 
+int64_t tile_block(const Tensor& like, int64_t columns) { return 0; }
+
 std::string cpu_isa() { return cpu::isa_name(cpu::chosen_isa()); }
 
 }  // namespace
@@ -294,9 +296,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(frodkernels, m) {
   m.def("native_cpu_isa() -> str");
   m.def(frodkernels::ops::kSparseCoreSchema);
   m.def(frodkernels::ops::kSparseCoreBackwardSchema);
+  m.def(frodkernels::ops::kTileBlockSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(frodkernels, CompositeExplicitAutograd, m) {
+  m.impl("native_tile_block", TORCH_BOX(&frodkernels::ops::tile_block));
   m.impl("native_cpu_isa", TORCH_BOX(&frodkernels::ops::cpu_isa));
 }
 

@@ -24,6 +24,9 @@ inline constexpr char kSparseCoreBackwardSchema[] =
     "native_sparse_core_backward(Tensor u, Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, "
     "Tensor perm, bool[3] needs, bool token_major=False, Tensor[]? tiles=None) -> (Tensor, Tensor, Tensor)";
 
+// The feature block that tiles for features like `like` should have; 0: no kernel of its device takes tiles.
+inline constexpr char kTileBlockSchema[] = "native_tile_block(Tensor like, int columns) -> int";
+
 // The kernels' own name of a tensor's dtype: cpu::Scalar or cuda::Scalar.
 template <typename Scalar>
 Scalar scalar_of(const torch::stable::Tensor& t, const char* name) {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from frodkernels.functional._common import autocast_dtype, check_pattern, check_tensor, first_order, without_autocast
+from frodkernels.functional._views import both_views, columns_view, gradients, product, rows_view
 from frodkernels.functional.frod_path import PATHS, choose
 from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
@@ -26,13 +27,9 @@ def _addmm(bias: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a @ b if bias is None else torch.addmm(bias, a, b)
 
 
-def _parameter_grads(
-    u: Tensor, z: Tensor, lam: Tensor, values: Tensor, csc: list[Tensor], needs: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dz, dlam, dvalues) from one pass over u = dL/dw and z; None where not needed."""
-    grads = ops.sparse_core_backward(u, z, lam, values, *csc, needs)
-    dz, dlam, dvalues = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dz, dlam, dvalues
+def _with_views(ctx: Any, *grads: Tensor | None) -> Grads:
+    """``grads``, and None for each tensor of the views."""
+    return *grads, *(None,) * (len(ctx.needs_input_grad) - len(grads))
 
 
 class FrodActivation(torch.autograd.Function):
@@ -45,26 +42,26 @@ class FrodActivation(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
+        ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *views: Tensor
     ) -> Tensor:
         z = V.to(x.dtype).t() @ x.t()
-        w = ops.sparse_core(z, lam, values, *plan[:3])
-        ctx.save_for_backward(z, U, V, lam, values, *plan[3:])
+        w = product(z, lam, values, rows_view(views))
+        ctx.save_for_backward(z, U, V, lam, values, *columns_view(views))
         return _addmm(bias, w.t(), U.to(x.dtype).t())
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
-        z, U, V, lam, values, *csc = ctx.saved_tensors
+        z, U, V, lam, values, *columns = ctx.saved_tensors
         U, V = U.to(z.dtype), V.to(z.dtype)
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
         g = g.to(z.dtype)
         dx = dlam = dvalues = None
         if need_x or need_lam or need_values:
-            dz, dlam, dvalues = _parameter_grads(U.t() @ g.t(), z, lam, values, csc, [need_x, need_lam, need_values])
+            dz, dlam, dvalues = gradients(U.t() @ g.t(), z, lam, values, columns, [need_x, need_lam, need_values])
             dx = None if dz is None else dz.t() @ V.t()
-        return dx, None, None, dlam, dvalues, g.sum(0) if need_bias else None, *(None,) * 6
+        return _with_views(ctx, dx, None, None, dlam, dvalues, g.sum(0) if need_bias else None)
 
 
 class FrodFold(torch.autograd.Function):
@@ -76,26 +73,26 @@ class FrodFold(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
+        ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *views: Tensor
     ) -> Tensor:
-        folded = ops.sparse_core(U.to(x.dtype).t(), lam, values, *plan[3:])  # [n, m]
+        folded = product(U.to(x.dtype).t(), lam, values, columns_view(views))  # [n, m]
         z = V.to(x.dtype).t() @ x.t()
-        ctx.save_for_backward(z, folded, U, V, lam, values, *plan[3:])
+        ctx.save_for_backward(z, folded, U, V, lam, values, *columns_view(views))
         return _addmm(bias, z.t(), folded)
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
-        z, folded, U, V, lam, values, *csc = ctx.saved_tensors
+        z, folded, U, V, lam, values, *columns = ctx.saved_tensors
         U, V = U.to(z.dtype), V.to(z.dtype)
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
         g = g.to(z.dtype)
         dx = (g @ folded.t()) @ V.t() if need_x else None
         dlam = dvalues = None
         if need_lam or need_values:
-            _, dlam, dvalues = _parameter_grads(U.t() @ g.t(), z, lam, values, csc, [False, need_lam, need_values])
-        return dx, None, None, dlam, dvalues, g.sum(0) if need_bias else None, *(None,) * 6
+            _, dlam, dvalues = gradients(U.t() @ g.t(), z, lam, values, columns, [False, need_lam, need_values])
+        return _with_views(ctx, dx, None, None, dlam, dvalues, g.sum(0) if need_bias else None)
 
 
 class FrodMaterialize(torch.autograd.Function):
@@ -108,39 +105,46 @@ class FrodMaterialize(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(
-        ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *plan: Tensor
+        ctx: Any, x: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, bias: Tensor | None, *views: Tensor
     ) -> Tensor:
-        W = _dense(U.to(x.dtype), V.to(x.dtype), lam, values, plan)
-        ctx.save_for_backward(x, W, U, V, lam, values, *plan[3:])
+        W = _dense(U.to(x.dtype), V.to(x.dtype), lam, values, views)
+        ctx.save_for_backward(x, W, U, V, lam, values, *columns_view(views))
         return _addmm(bias, x, W.t())
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> Grads:
-        x, W, U, V, lam, values, *csc = ctx.saved_tensors
+        x, W, U, V, lam, values, *columns = ctx.saved_tensors
         U, V = U.to(x.dtype), V.to(x.dtype)
         need_x, _, _, need_lam, need_values, need_bias = ctx.needs_input_grad[:6]
         g = g.to(x.dtype)
         dx = g @ W if need_x else None
-        dlam, dvalues = _dense_grads(g.t() @ x, U, V, lam, values, csc, need_lam, need_values)
-        return dx, None, None, dlam, dvalues, g.sum(0) if need_bias else None, *(None,) * 6
+        dlam, dvalues = _dense_grads(g.t() @ x, U, V, lam, values, columns, need_lam, need_values)
+        return _with_views(ctx, dx, None, None, dlam, dvalues, g.sum(0) if need_bias else None)
 
 
-def _dense(U: Tensor, V: Tensor, lam: Tensor, values: Tensor, plan: tuple[Tensor, ...]) -> Tensor:
+def _dense(U: Tensor, V: Tensor, lam: Tensor, values: Tensor, views: tuple[Tensor, ...]) -> Tensor:
     """U (S + D) V^T, [m, n]."""
-    folded = ops.sparse_core(U.t(), lam, values, *plan[3:])  # [n, m]
+    folded = product(U.t(), lam, values, columns_view(views))  # [n, m]
     return folded.t() @ V.t()
 
 
 def _dense_grads(
-    G: Tensor, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, csc: list[Tensor], need_lam: bool, need_values: bool
+    G: Tensor,
+    U: Tensor,
+    V: Tensor,
+    lam: Tensor,
+    values: Tensor,
+    columns: list[Tensor],
+    need_lam: bool,
+    need_values: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(dlam, dvalues) from G = dL/dW: with Q = G V, the same sums as over tokens, over the m rows of U and Q."""
     if not (need_lam or need_values):
         return None, None
     Q = V.t() @ G.t()  # [n, m]
-    _, dlam, dvalues = _parameter_grads(U.t(), Q, lam, values, csc, [False, need_lam, need_values])
+    _, dlam, dvalues = gradients(U.t(), Q, lam, values, columns, [False, need_lam, need_values])
     return dlam, dvalues
 
 
@@ -149,18 +153,18 @@ class FrodWeight(torch.autograd.Function):
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, *plan: Tensor) -> Tensor:
-        ctx.save_for_backward(U, V, lam, values, *plan[3:])
-        return _dense(U, V, lam, values, plan)
+    def forward(ctx: Any, U: Tensor, V: Tensor, lam: Tensor, values: Tensor, *views: Tensor) -> Tensor:
+        ctx.save_for_backward(U, V, lam, values, *columns_view(views))
+        return _dense(U, V, lam, values, views)
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx: Any, G: Tensor) -> Grads:
-        U, V, lam, values, *csc = ctx.saved_tensors
+        U, V, lam, values, *columns = ctx.saved_tensors
         _, _, need_lam, need_values = ctx.needs_input_grad[:4]
-        dlam, dvalues = _dense_grads(G.to(U.dtype), U, V, lam, values, csc, need_lam, need_values)
-        return None, None, dlam, dvalues, *(None,) * 6
+        dlam, dvalues = _dense_grads(G.to(U.dtype), U, V, lam, values, columns, need_lam, need_values)
+        return _with_views(ctx, None, None, dlam, dvalues)
 
 
 _FUNCTIONS = {"activation": FrodActivation, "fold": FrodFold, "materialize": FrodMaterialize}
@@ -236,7 +240,7 @@ def frod_linear(
     if path == "auto":
         path = choose(flat, m, pattern.nnz, lam.requires_grad or values.requires_grad)
     pattern = pattern.to(x.device)
-    y = _FUNCTIONS[path].apply(flat, U, V, lam, values, bias, *pattern.csr, *pattern.csc)
+    y = _FUNCTIONS[path].apply(flat, U, V, lam, values, bias, *both_views(pattern, flat))
     return y.reshape(*x.shape[:-1], m)
 
 
@@ -258,4 +262,4 @@ def frod_weight(U: Tensor, V: Tensor, lam: Tensor, values: Tensor, pattern: Spar
         if tensor.device != U.device:
             raise ValueError(f"{name} is on {tensor.device} but U is on {U.device}")
     pattern = pattern.to(U.device)
-    return FrodWeight.apply(U, V.to(U.dtype), lam, values, *pattern.csr, *pattern.csc)
+    return FrodWeight.apply(U, V.to(U.dtype), lam, values, *both_views(pattern, U))

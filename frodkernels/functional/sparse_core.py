@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from frodkernels.functional._common import check_pattern, check_tensor, first_order
+from frodkernels.functional._views import both_views, columns_view, gradients, product, rows_view
 from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
 
@@ -20,17 +21,16 @@ class SparseCore(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, lam: Tensor, values: Tensor, *plan: Tensor) -> Tensor:
-        ctx.save_for_backward(z, lam, values, *plan[3:])
-        return ops.sparse_core(z, lam, values, *plan[:3], True)
+    def forward(ctx: Any, z: Tensor, lam: Tensor, values: Tensor, *views: Tensor) -> Tensor:
+        ctx.save_for_backward(z, lam, values, *columns_view(views))
+        return product(z, lam, values, rows_view(views), True)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, u: Tensor) -> tuple[Tensor | None, ...]:
-        z, lam, values, *csc = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[:3])
-        grads = ops.sparse_core_backward(u.to(z.dtype), z, lam, values, *csc, needs, True)
-        return (*(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 6)
+        z, lam, values, *columns = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad)
+        return *gradients(u.to(z.dtype), z, lam, values, columns, needs[:3], True), *(None,) * (len(needs) - 3)
 
 
 def sparse_core(z: Tensor, lam: Tensor, values: Tensor, pattern: SparsePattern) -> Tensor:
@@ -62,5 +62,5 @@ def sparse_core(z: Tensor, lam: Tensor, values: Tensor, pattern: SparsePattern) 
     ops.check_entries(lam, values, pattern.nnz, n)
     pattern = pattern.to(z.device)
     flat = z.reshape(-1 if n else z.shape[:-1].numel(), n).t()
-    out = SparseCore.apply(flat, lam, values, *pattern.csr, *pattern.csc)
+    out = SparseCore.apply(flat, lam, values, *both_views(pattern, flat))
     return out.t().reshape(z.shape)

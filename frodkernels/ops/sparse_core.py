@@ -3,6 +3,7 @@
 
 Features are rows: a matrix of features is logically [features, T], with any strides. The plan (indptr, indices, perm)
 is one compressed view of a :class:`~frodkernels.SparsePattern`; see ``reference/sparse_core.py`` for the formulas.
+``tiles`` is the view's plan for tensor-core kernels (``csrc/tiles/tiles.h``); only the native CUDA kernels read it.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from frodkernels import _backends, _ops
+from frodkernels import _backends, _ops, dense
+from frodkernels.dense import dense_is_faster
 from frodkernels.reference.sparse_core import accumulator, new_features
 
 FORWARD = "sparse_core"
@@ -70,12 +72,12 @@ def check_backward(
     check_entries(lam, values, indices.shape[0], groups)
 
 
-def _forward_fake(z, lam, values, indptr, indices, perm, token_major=False):
+def _forward_fake(z, lam, values, indptr, indices, perm, token_major=False, tiles=None):
     check_forward(z, lam, values, indptr, indices, perm)
     return new_features(z, indptr.shape[0] - 1, token_major)
 
 
-def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=False):
+def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=False, tiles=None):
     check_backward(u, z, lam, values, indptr, indices, perm)
     dlam_dtype = accumulator(u, values) if lam is None else lam.dtype
     return (
@@ -85,27 +87,35 @@ def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=
     )
 
 
-def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False):
-    run = _backends.implementation(FORWARD, z.device.type)
-    return run(z, lam, values, indptr, indices, perm, token_major)
+def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False, tiles=None):
+    backend, run = _backends.implementation(FORWARD, z.device.type)
+    if backend != "native":
+        return run(z, lam, values, indptr, indices, perm, token_major)
+    if z.is_cuda and dense_is_faster(z, lam, values, indptr):
+        return dense.sparse_core(z, lam, values, indptr, indices, perm, token_major)
+    return run(z, lam, values, indptr, indices, perm, token_major, tiles)
 
 
-def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_major=False):
-    run = _backends.implementation(BACKWARD, u.device.type)
-    return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
+def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_major=False, tiles=None):
+    backend, run = _backends.implementation(BACKWARD, u.device.type)
+    if backend != "native":
+        return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
+    if u.is_cuda and dense_is_faster(u, lam, values, indptr):
+        return dense.sparse_core_backward(u, z, lam, values, indptr, indices, perm, needs, token_major)
+    return run(u, z, lam, values, indptr, indices, perm, needs, token_major, tiles)
 
 
 _ops.register(
     FORWARD,
-    "(Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, Tensor perm, bool token_major=False)"
-    " -> Tensor",
+    "(Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, Tensor perm, bool token_major=False,"
+    " Tensor[]? tiles=None) -> Tensor",
     kernel=_forward_kernel,
     fake=_forward_fake,
 )
 _ops.register(
     BACKWARD,
     "(Tensor u, Tensor z, Tensor? lam, Tensor values, Tensor indptr, Tensor indices, Tensor perm, bool[3] needs,"
-    " bool token_major=False) -> (Tensor, Tensor, Tensor)",
+    " bool token_major=False, Tensor[]? tiles=None) -> (Tensor, Tensor, Tensor)",
     kernel=_backward_kernel,
     fake=_backward_fake,
 )

@@ -262,6 +262,11 @@ std::tuple<Tensor, Tensor, Tensor> sparse_core_backward(const Tensor& u, const T
   return {dz, dlam, dvalues};
 }
 
+int64_t tile_block(const Tensor& like, int64_t columns) {
+  const DeviceGuard guard(like.get_device_index());
+  return cuda::tile_block(columns);
+}
+
 }  // namespace
 }  // namespace frodkernels::ops
 
@@ -269,10 +274,12 @@ std::tuple<Tensor, Tensor, Tensor> sparse_core_backward(const Tensor& u, const T
 STABLE_TORCH_LIBRARY_FRAGMENT(FRODKERNELS_OP_NAMESPACE, m) {
   m.def(frodkernels::ops::kSparseCoreSchema);
   m.def(frodkernels::ops::kSparseCoreBackwardSchema);
+  m.def(frodkernels::ops::kTileBlockSchema);
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(FRODKERNELS_OP_NAMESPACE, FRODKERNELS_OP_DEVICE, m) {
+  m.impl("native_tile_block", TORCH_BOX(&frodkernels::ops::tile_block));
   m.impl("native_sparse_core", TORCH_BOX(&frodkernels::ops::sparse_core));
   m.impl("native_sparse_core_backward", TORCH_BOX(&frodkernels::ops::sparse_core_backward));
 }

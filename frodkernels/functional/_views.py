@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pattern as the ops take it: both compressed views, each with the tiles of its device's tensor-core kernels.
+
+A view is (indptr, indices, perm), or these and seven tensors of tiles; autograd Functions get both views in one flat
+tuple, the rows' view (CSR) first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from frodkernels import _backends
+from frodkernels.ops import sparse_core as ops
+from frodkernels.pattern import SparsePattern
+
+_TILED = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _block(device: torch.device, columns: int) -> int:
+    """Features of a feature block for the native kernels of ``device``; 0: they take no tiles."""
+    if device.type != "cuda" or _backends.unavailable(ops.FORWARD, device.type, "native") is not None:
+        return 0
+    return torch.ops.frodkernels.native_tile_block(torch.empty(0, device=device), columns)
+
+
+def prepare(pattern: SparsePattern) -> None:
+    """Build what calls with 16-bit features on the pattern's device will need, so that no first step waits for it."""
+    _tiles(pattern, False)
+    _tiles(pattern, True)
+
+
+def _tiles(pattern: SparsePattern, transpose: bool) -> tuple[Tensor, ...]:
+    block = _block(pattern.device, pattern.shape[0 if transpose else 1])
+    if block == 0:
+        return ()
+    if torch.compiler.is_compiling():  # building them cannot be traced: prepare() or an eager call has done it
+        return pattern.ready_tiles(transpose, block)
+    return pattern.tiles(transpose, block)
+
+
+def both_views(pattern: SparsePattern, features: Tensor) -> tuple[Tensor, ...]:
+    """The flat tuple of both views of ``pattern`` for ``features`` of its device."""
+    if features.dtype not in _TILED:
+        return (*pattern.csr, *pattern.csc)
+    return (*pattern.csr, *_tiles(pattern, False), *pattern.csc, *_tiles(pattern, True))
+
+
+def rows_view(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The CSR view of the flat tuple: for products with the matrix."""
+    return views[: _cut(views)]
+
+
+def columns_view(views: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The CSC view of the flat tuple: for products with the transpose, and for gradients."""
+    return views[_cut(views) :]
+
+
+def _cut(views: Sequence[Tensor]) -> int:
+    # 3 + 3 tensors; 10 + 10 with tiles; one view alone may be too large for tiles, and the tiles' first tensor is 2-D
+    return 10 if len(views) > 6 and views[3].dim() == 2 else 3
+
+
+def product(z: Tensor, lam: Tensor | None, values: Tensor, view: Sequence[Tensor], token_major: bool = False) -> Tensor:
+    """``ops.sparse_core`` of one view."""
+    return ops.sparse_core(z, lam, values, *view[:3], token_major, list(view[3:]) or None)
+
+
+def gradients(
+    u: Tensor,
+    z: Tensor,
+    lam: Tensor | None,
+    values: Tensor,
+    view: Sequence[Tensor],
+    needs: list[bool],
+    token_major: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """``ops.sparse_core_backward`` of the columns' view: (dz, dlam, dvalues), None where not needed."""
+    grads = ops.sparse_core_backward(u, z, lam, values, *view[:3], needs, token_major, list(view[3:]) or None)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
