@@ -243,7 +243,7 @@ inline void instrumented(const void* p, int bytes, unsigned kind, const void* pc
   using namespace simt;
   Block* b = block;
   if (!b || !b->current || b->current->fiber.holds(p)) return;  // the host's part of a launch; a thread's own stack
-  maybe_yield(*b);
+  if (config.yield_permille) maybe_yield(*b);
   access(p, bytes, kind, pc, *b->current);
 }
 

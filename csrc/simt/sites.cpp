@@ -60,36 +60,26 @@ void Sites::begin_kernel(const char* name) {
   if (found == kernels_.end()) kernels_.push_back(name);
 }
 
-SiteCounts& Sites::at(const void* pc, bool shared, bool write, int bytes) {
-  const uint64_t rest =
-      uint64_t{kernel_} << 32 | static_cast<uint64_t>(bytes) << 2 | unsigned{shared} << 1 | unsigned{write};
-  Slot& slot = slots_[(reinterpret_cast<uintptr_t>(pc) ^ rest * 0x9E3779B1u) % kSlots];
-  if (slot.pc == pc && slot.rest == rest) return *slot.site;
+SiteCounts& Sites::look_up(const void* pc, uint64_t rest, Slot& slot) {
   SiteCounts*& site = by_key_[{pc, rest}];
   if (!site) {
     site = &sites_.emplace_back();
     site->number = static_cast<uint32_t>(sites_.size() - 1);
     site->pc = pc;
     site->kernel = kernel_;
-    site->shared = shared;
-    site->write = write;
-    site->bytes = bytes;
+    site->shared = rest >> 1 & 1;
+    site->write = rest & 1;
+    site->bytes = static_cast<int>(static_cast<uint32_t>(rest) >> 2);
   }
   slot = {pc, rest, site};
   return *site;
 }
 
-void Sites::count(SiteCounts& site, const Thread& t, uintptr_t address) {
-  const size_t warp = static_cast<size_t>(t.warp->number);
-  auto& open = site.open[warp];
+OpenRequests* Sites::begin_requests(SiteCounts& site, int warp) {
+  auto& open = site.open[static_cast<size_t>(warp)];
   if (!open) open = std::make_unique<OpenRequests>();
-  if (open->requests.empty()) open_[warp].push_back(&site);
-  const size_t lane = static_cast<size_t>(t.lane);
-  const uint32_t k = open->made[lane]++;
-  if (k >= open->requests.size()) open->requests.resize(k + 1);
-  Request& r = open->requests[k];
-  r.lanes |= 1u << lane;
-  r.address[lane] = address;
+  open_[static_cast<size_t>(warp)].push_back(&site);
+  return open.get();
 }
 
 void Sites::finish(SiteCounts& site, const Request& r) {

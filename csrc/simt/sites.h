@@ -44,21 +44,38 @@ struct SiteCounts {
 class Sites {
  public:
   void begin_kernel(const char* name);
-  SiteCounts& at(const void* pc, bool shared, bool write, int bytes);
+  SiteCounts& at(const void* pc, bool shared, bool write, int bytes) {
+    const uint64_t rest = uint64_t{kernel_} << 32 | static_cast<uint64_t>(bytes) << 2 | unsigned{shared} << 1 | write;
+    const auto address = reinterpret_cast<uintptr_t>(pc);
+    Slot& slot = slots_[(address ^ address >> 12 ^ rest) % kSlots];
+    if (slot.pc == pc && slot.rest == rest) return *slot.site;
+    return look_up(pc, rest, slot);
+  }
   const SiteCounts& by_number(uint32_t number) const { return sites_[number]; }
-  void count(SiteCounts& site, const Thread& t, uintptr_t address);
+  void count(SiteCounts& site, const Thread& t, uintptr_t address) {
+    OpenRequests* open = site.open[static_cast<size_t>(t.warp->number)].get();
+    if (!open || open->requests.empty()) open = begin_requests(site, t.warp->number);
+    const size_t lane = static_cast<size_t>(t.lane);
+    const uint32_t k = open->made[lane]++;
+    if (k >= open->requests.size()) open->requests.emplace_back();
+    Request& r = open->requests[k];
+    r.lanes |= 1u << lane;
+    r.address[lane] = address;
+  }
   void close(int warp);  // -1: of all warps
   std::vector<Site> summary() const;
   void clear();
 
  private:
-  void finish(SiteCounts& site, const Request& r);
-
-  struct Slot {
+  struct Slot {  // of a direct-mapped cache in front of by_key_
     const void* pc = nullptr;
     uint64_t rest = 0;
     SiteCounts* site = nullptr;
   };
+  SiteCounts& look_up(const void* pc, uint64_t rest, Slot& slot);
+  OpenRequests* begin_requests(SiteCounts& site, int warp);
+  void finish(SiteCounts& site, const Request& r);
+
   static constexpr size_t kSlots = 4096;
   std::array<Slot, kSlots> slots_{};
   struct Hash {

@@ -192,7 +192,7 @@ __global__ void copy_rows(const float* x, float* y) {
 
 // y[0] += 1 for each block, then the last block doubles it: legal on a device, since the fence and the counter order
 // the blocks. The checker knows no order between blocks and reports it.
-__global__ inline void last_block(float* y, int* finished) {
+__global__ static void last_block(float* y, int* finished) {
   SIMT_SHARED(int, last, [1]);
   if (threadIdx.x == 0) {
     y[1 + blockIdx.x] = 1;
@@ -207,19 +207,21 @@ __global__ inline void last_block(float* y, int* finished) {
 }
 
 // Touches all of `floats` of dynamic shared memory.
-__global__ inline void fill_shared(float* y, int floats) {
+__global__ static void fill_shared(float* y, int floats) {
   SIMT_DYN_SHARED(float, p);
   for (int i = threadIdx.x; i < floats; i += blockDim.x) p[i] = 1;
   __syncthreads();
   if (threadIdx.x == 0) y[0] = p[floats - 1];
 }
 
-__global__ inline void too_many_statics(float* y) {
+#if defined(SIMT_EMU)  // ptxas refuses it outright
+__global__ static void too_many_statics(float* y) {
   SIMT_SHARED(float, a, [8 * 1024]);
   SIMT_SHARED(float, b, [8 * 1024]);
   a[threadIdx.x] = b[threadIdx.x] = 1;
   y[threadIdx.x] = a[threadIdx.x] + b[threadIdx.x];
 }
+#endif
 
 // For the sanitisers.  1: heap overflow.  2: overflow of a shared array.  3: signed overflow.  4: misaligned load.
 template <int kBug>

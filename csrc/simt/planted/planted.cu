@@ -153,7 +153,9 @@ const std::map<std::string, Run> kProbes = {
        if (c.size(1)) gpu::allow_shared(fill_shared, c.size(1));
        SIMT_LAUNCH(fill_shared, 1, 64, static_cast<size_t>(c.size(0)), nullptr, c.pointer<float>(0), c.size(0) / 4);
      }},
+#if defined(SIMT_EMU)
     {"too_many_statics", [](const Call& c) { SIMT_LAUNCH(too_many_statics, 1, 64, 0, nullptr, c.pointer<float>(0)); }},
+#endif
     // sizes: grid x, y, z, block x, y, z
     {"launch_limits",
      [](const Call& c) {

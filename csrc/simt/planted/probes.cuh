@@ -46,7 +46,7 @@ __global__ void copy_bytes(const unsigned char* x, const int* source, unsigned c
 
 // y [32, 19]: what each warp collective gives to each lane for x [32].
 constexpr int kCollectives = 19;
-__global__ inline void collectives(const int* x, int* y) {
+__global__ static void collectives(const int* x, int* y) {
   const unsigned all = 0xffffffffu;
   const int lane = threadIdx.x, v = x[lane];
   int* out = y + kCollectives * lane;
@@ -72,7 +72,7 @@ __global__ inline void collectives(const int* x, int* y) {
 }
 
 // y [threads, 3]: the counting barriers for x [threads].
-__global__ inline void counting_barriers(const int* x, int* y) {
+__global__ static void counting_barriers(const int* x, int* y) {
   const int i = threadIdx.x;
   y[3 * i] = __syncthreads_count(x[i] > 0);
   y[3 * i + 1] = __syncthreads_and(x[i] > 0);
@@ -80,7 +80,7 @@ __global__ inline void counting_barriers(const int* x, int* y) {
 }
 
 // y [14]: bit functions of a and b.
-__global__ inline void bit_functions(const uint32_t* x, uint32_t* y) {
+__global__ static void bit_functions(const uint32_t* x, uint32_t* y) {
   const uint32_t a = x[0], b = x[1];
   *y++ = static_cast<uint32_t>(__popc(a));
   *y++ = static_cast<uint32_t>(__ffs(static_cast<int>(a)));
@@ -138,7 +138,7 @@ __global__ void store_shared(const int* offsets, V* y, int lanes) {
 }
 
 // ldmatrix.x4 with lane i's row at byte offsets[i].
-__global__ inline void load_rows(const int* offsets, uint32_t* y, int bytes) {
+__global__ static void load_rows(const int* offsets, uint32_t* y, int bytes) {
   SIMT_DYN_SHARED(char, p);
   for (int i = threadIdx.x; i < bytes; i += blockDim.x) p[i] = 0;
   __syncthreads();
@@ -149,7 +149,7 @@ __global__ inline void load_rows(const int* offsets, uint32_t* y, int bytes) {
 }
 
 // Each lane copies 16 bytes from x + 16 * stride * lane to its place in shared memory.
-__global__ inline void copy_sixteens(const char* x, float* y, int stride) {
+__global__ static void copy_sixteens(const char* x, float* y, int stride) {
   SIMT_SHARED(float4, tile, [32]);
   ptx::cp_async<16>(&tile[threadIdx.x], x + 16 * stride * threadIdx.x);  // counted: cp.async
   ptx::cp_async_commit();
