@@ -9,8 +9,23 @@
 namespace frodkernels::tiles {
 namespace {
 
+constexpr int64_t kFewOctets = 32;
+constexpr int kDepth = 2;
+
 int spread(const Step& step, int octet) {
   return *std::max_element(step.count[octet].begin(), step.count[octet].end());
+}
+
+// Wavefronts beyond one for each octet: as many octets take two features of a class, and what the classes have beyond
+// one for each of the others has to fit into their slots. (With more than two, the largest class decides.)
+int64_t wavefronts_beyond(const std::array<int64_t, kClasses>& in_class, int64_t octets) {
+  const int64_t least = std::max<int64_t>(*std::max_element(in_class.begin(), in_class.end()) - octets, 0);
+  for (int64_t twos = least; twos < octets; ++twos) {
+    int64_t beyond = 0;
+    for (const int64_t features : in_class) beyond += std::max<int64_t>(features - (octets - twos), 0);
+    if (beyond <= kSlots * twos) return twos;
+  }
+  return least;
 }
 
 }  // namespace
@@ -44,7 +59,7 @@ void Layout::share_out() {
   }
   const int64_t steps = least_steps(int64_t(items.size()), *std::max_element(in_row.begin(), in_row.end()));
   const int64_t octets = kOctets * steps;
-  const int64_t extra = std::max<int64_t>(*std::max_element(in_class.begin(), in_class.end()) - octets, 0);
+  extra_ = wavefronts_beyond(in_class, octets);
   steps_.assign(steps, Step());
   octets_.resize(std::max<size_t>(octets_.size(), octets));
   for (int64_t o = 0; o < octets; ++o) octets_[o].clear();
@@ -62,32 +77,74 @@ void Layout::share_out() {
   }
   std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return rank[a] > rank[b]; });
 
-  std::vector<std::array<int32_t, kRows>> load(steps);
-  for (auto& rows : load) rows.fill(0);
+  load_.assign(steps, {});
   for (const int32_t index : order_) {
-    const Item& item = items[index];
     int64_t best = -1, best_cost = INT64_MAX;
     for (int64_t o = 0; o < octets; ++o) {
-      const Step& step = steps_[o / kOctets];
-      const int64_t most = 1 + extra / octets + (o < extra % octets ? 1 : 0);
-      const int64_t fill = int64_t(octets_[o].size());
-      if (fill >= kSlots || step.count[o % kOctets][item.bank()] >= most) continue;
+      if (!has_room(o, index)) continue;
       int64_t fullest = 0;
       for (int n = 0; n < kRows; ++n) {
-        if (item.rows >> n & 1) fullest = std::max<int64_t>(fullest, load[o / kOctets][n]);
+        if (items[index].rows >> n & 1) fullest = std::max<int64_t>(fullest, load_[o / kOctets][n]);
       }
-      if (fullest >= kSlots) continue;
-      const int64_t cost = 4 * fullest + fill;
+      const int64_t cost = 4 * int64_t(octets_[o].size()) + fullest;
       if (cost < best_cost) best = o, best_cost = cost;
     }
-    if (best < 0) {
+    if (best >= 0) {
+      deal(best, index);
+    } else if (!make_room(octets, index, kDepth)) {
       waiting_.push_back(index);
-      continue;
     }
-    octets_[best].push_back(index);
-    ++steps_[best / kOctets].count[best % kOctets][item.bank()];
-    for (int n = 0; n < kRows; ++n) load[best / kOctets][n] += (item.rows >> n) & 1;
   }
+}
+
+bool Layout::has_room(int64_t octet, int32_t index) const {
+  const Item& item = (*items_)[index];
+  const int64_t octets = kOctets * int64_t(load_.size());
+  const int64_t most = 1 + extra_ / octets + (octet < extra_ % octets ? 1 : 0);
+  if (octets_[octet].size() >= kSlots || steps_[octet / kOctets].count[octet % kOctets][item.bank()] >= most)
+    return false;
+  for (int n = 0; n < kRows; ++n) {
+    if ((item.rows >> n & 1) && load_[octet / kOctets][n] >= kSlots) return false;
+  }
+  return true;
+}
+
+void Layout::deal(int64_t octet, int32_t index, size_t at) {
+  const Item& item = (*items_)[index];
+  octets_[octet].insert(octets_[octet].begin() + int64_t(std::min(at, octets_[octet].size())), index);
+  ++steps_[octet / kOctets].count[octet % kOctets][item.bank()];
+  for (int n = 0; n < kRows; ++n) load_[octet / kOctets][n] += (item.rows >> n) & 1;
+}
+
+void Layout::take_back(int64_t octet, size_t at) {
+  const Item& item = (*items_)[octets_[octet][at]];
+  octets_[octet].erase(octets_[octet].begin() + int64_t(at));
+  --steps_[octet / kOctets].count[octet % kOctets][item.bank()];
+  for (int n = 0; n < kRows; ++n) load_[octet / kOctets][n] -= (item.rows >> n) & 1;
+}
+
+// Deals an item that no octet has room for where another makes room by going to a third place, or to a fourth and so
+// on.
+bool Layout::make_room(int64_t octets, int32_t index, int depth) {
+  if (octets > kFewOctets) return false;  // in large cells a step more is nothing
+  for (int64_t o = 0; o < octets; ++o) {
+    for (size_t at = 0; at < octets_[o].size(); ++at) {
+      const int32_t moved = octets_[o][at];
+      take_back(o, at);
+      if (has_room(o, index)) {
+        deal(o, index);
+        for (int64_t to = 0; to < octets; ++to) {
+          if (to == o || !has_room(to, moved)) continue;
+          deal(to, moved);
+          return true;
+        }
+        if (depth > 1 && make_room(octets, moved, depth - 1)) return true;
+        take_back(o, octets_[o].size() - 1);
+      }
+      deal(o, moved, at);
+    }
+  }
+  return false;
 }
 
 // Gives the items of each octet their slot numbers. With one row an item this is the edge colouring of a bipartite

@@ -3,6 +3,7 @@
 // One cell: which slot of which step each feature takes.
 #pragma once
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -37,6 +38,10 @@ class Layout {
 
  private:
   void share_out();
+  bool has_room(int64_t octet, int32_t index) const;
+  void deal(int64_t octet, int32_t index, std::size_t at = SIZE_MAX);
+  void take_back(int64_t octet, std::size_t at);
+  bool make_room(int64_t octets, int32_t index, int depth);
   void number_slots();
   void place(int step, int octet, int k, int32_t index);
   bool place_in(int step, int octet, int32_t index);
@@ -46,7 +51,9 @@ class Layout {
   const std::vector<Item>* items_ = nullptr;
   std::vector<Step> steps_;
   std::vector<int32_t> order_, waiting_;
-  std::vector<std::vector<int32_t>> octets_;
+  std::vector<std::vector<int32_t>> octets_;      // the items of each, before they have slots
+  std::vector<std::array<int32_t, kRows>> load_;  // entries of each row in each step
+  int64_t extra_ = 0;                             // features of the largest class beyond one an octet
 };
 
 }  // namespace frodkernels::tiles

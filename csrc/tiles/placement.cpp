@@ -15,7 +15,7 @@ namespace frodkernels::tiles {
 namespace {
 
 constexpr int kSweeps = 8, kPartners = 8;
-constexpr int64_t kLeastWork = int64_t(1) << 29, kWorkPerEntry = 1024;  // operations, of all sweeps and blocks
+constexpr int64_t kLeastWork = int64_t(1) << 28, kWorkPerEntry = 1024;  // operations, of all sweeps and blocks
 constexpr int32_t kWavefront = 50;                                      // the true price of one
 constexpr int32_t kHope = 200;  // partners that promise a loss up to this are tried
 // The smooth price of the feature that brings a class to its goal - 5, - 4, .. and beyond it: doubling up to one
@@ -71,10 +71,12 @@ class Block {
     for (int sweep = 0; sweep < kSweeps && work > 0; ++sweep) {
       for (int64_t f = 0; f < m_.block; ++f) weigh(f);
       work -= 2 * int64_t(groups_.size());
+      swaps_ = 0;
       for (int64_t f = 0; f < m_.block && work > 0; ++f) {
         if (ptr_[f] == ptr_[f + 1]) continue;
         work -= m_.block + 2 * (ptr_[f + 1] - ptr_[f]) + improve(f);
       }
+      if (swaps_ == 0) break;
     }
   }
 
@@ -139,6 +141,7 @@ class Block {
       if (move(f, to) + move(other, from) < 0) {
         weigh(f);
         weigh(other);
+        ++swaps_;
         break;
       }
       move(other, to);
@@ -154,6 +157,7 @@ class Block {
   std::vector<int32_t> groups_;  // the groups with each feature
   std::vector<ByClass> moves_;   // [block]
   std::vector<std::pair<int32_t, int32_t>> partners_;
+  int64_t swaps_ = 0;  // of the sweep at hand
 };
 
 // The octets that each cell needs at least, [blocks, groups].
