@@ -107,9 +107,9 @@ __global__ void __launch_bounds__(kProductThreads) product_tiles_kernel(ProductT
   }
 
   // The window of a slot: kGroup entries from the start of the cursor's sector, one a lane. Fetched one slot ahead.
-  const int64_t last = a.view.nnz - 1;
+  const int32_t last = static_cast<int32_t>(a.view.nnz) - 1;
   const auto fetch = [&](int32_t at) {
-    const int64_t p = least<int64_t>((at & ~(kSector - 1)) + lane, last);
+    const int32_t p = least((at & ~(kSector - 1)) + lane, last);
     return same_bits<Entry<acc>>(gpu::load<EntryBits<acc>>(a.entries + p));
   };
   Entry<acc> ahead = fetch(cursors.begin_of(0));
@@ -141,6 +141,7 @@ __global__ void __launch_bounds__(kProductThreads) product_tiles_kernel(ProductT
         }
         __syncwarp();
         const int count = __popc(mask);
+#pragma unroll 2  // gathers in flight: with 16 warps more than shared memory can serve
         for (int k = 0; k < count; ++k) {
           const auto staged =
               same_bits<Entry<acc>>(gpu::load<EntryBits<acc>>(stage + k * static_cast<int>(sizeof(entry))));

@@ -193,6 +193,7 @@ __global__ void __launch_bounds__(kGradientRowsThreads, 1) gradient_rows_kernel(
   // Over tokens first, first + step, ... of the split.
   const auto products = [&](const scalar_t* u, int64_t first, int step) {
     acc sum = 0;
+#pragma unroll 2
     for (int64_t t = first; t < end; t += step) {
       if constexpr (kTokens == 1) {
         sum += static_cast<acc>(widen(u[t])) * static_cast<acc>(widen(z[t]));
