@@ -20,7 +20,7 @@ constexpr size_t kPage = 4096;
 constexpr size_t kStack = 256 << 10;  // reserved, not used: pages come when they are touched
 }  // namespace
 
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
 extern "C" void simt_switch_stack(void** save, void* load);
 asm(R"(.text
 .globl simt_switch_stack
@@ -59,9 +59,8 @@ void Fiber::prepare(void (*entry)()) {
     bottom = stack;
     bytes = kStack;
   }
-  unpoison_memory(stack, bytes);  // frames of a dropped fiber
   fake_stack = nullptr;
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
   void** s = reinterpret_cast<void**>(stack + bytes);
   *--s = nullptr;  // alignment: at the entry, rsp % 16 == 8
   *--s = reinterpret_cast<void*>(entry);
@@ -76,11 +75,15 @@ void Fiber::prepare(void (*entry)()) {
 #endif
 }
 
+void Fiber::forget() {
+  if (stack) unpoison_memory(stack, bytes);
+}
+
 void switch_fiber(Fiber& from, Fiber& to, bool leaves_for_good) {
   if (__sanitizer_start_switch_fiber) {
     __sanitizer_start_switch_fiber(leaves_for_good ? nullptr : &from.fake_stack, to.bottom, to.bytes);
   }
-#if defined(__x86_64__)
+#if !defined(SIMT_UCONTEXT)
   simt_switch_stack(&from.sp, to.sp);
 #else
   swapcontext(&from.context, &to.context);

@@ -4,7 +4,10 @@
 #pragma once
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_UCONTEXT 1  // slower: it saves the signal mask by a system call at each switch
+#endif
+#if defined(SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -15,10 +18,10 @@ struct Fiber {
   const void* bottom = nullptr;
   size_t bytes = 0;
   void* fake_stack = nullptr;  // AddressSanitizer's
-#if defined(__x86_64__)
-  void* sp = nullptr;
-#else
+#if defined(SIMT_UCONTEXT)
   ucontext_t context;
+#else
+  void* sp = nullptr;
 #endif
 
   Fiber() = default;
@@ -27,6 +30,7 @@ struct Fiber {
   Fiber& operator=(const Fiber&) = delete;
 
   void prepare(void (*entry)());  // the next switch starts `entry`, which must never return
+  void forget();                  // for AddressSanitizer: the frames of a fiber that was dropped are no more
   bool holds(const void* p) const { return static_cast<size_t>(static_cast<const char*>(p) - stack) < bytes; }
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 
@@ -63,6 +64,15 @@ void prepare(Block& b, const Launch& l) {
   b.warps.resize(static_cast<size_t>((b.count + kWarp - 1) / kWarp));
 }
 
+// The block that runs as the i-th. At random: steps of a fixed size around the grid, which meet each block once.
+uint64_t nth_block(uint64_t i, uint64_t blocks) {
+  if (config.order == Order::kForward) return i;
+  if (config.order == Order::kReverse) return blocks - 1 - i;
+  uint64_t step = (config.seed * 0x9E3779B97F4A7C15ull >> 33) % blocks;
+  while (std::gcd(step, blocks) != 1) ++step;
+  return static_cast<uint64_t>((static_cast<unsigned __int128>(step) * i + config.seed) % blocks);
+}
+
 // Blocks in the configured order until there are none, or one has failed.
 void run_blocks(const Launch& l, std::atomic<uint64_t>& next, std::atomic<bool>& failed) {
   thread_local std::unique_ptr<Block> mine;
@@ -71,6 +81,10 @@ void run_blocks(const Launch& l, std::atomic<uint64_t>& next, std::atomic<bool>&
   struct Running {
     explicit Running(Block& b) { block = &b; }
     ~Running() {
+      if (block->alive > 0) {
+        for (Thread& t : block->threads) t.fiber.forget();
+        block->alive = 0;
+      }
       block->current = nullptr;
       block->error = nullptr;
       block = nullptr;
@@ -81,7 +95,7 @@ void run_blocks(const Launch& l, std::atomic<uint64_t>& next, std::atomic<bool>&
   begin_shared(b, l.shared_bytes);
   const uint64_t blocks = (l.blocks() - 1) / l.every + 1;
   for (uint64_t i; !failed && (i = next++) < blocks;) {
-    const uint64_t j = (config.order == Order::kReverse ? blocks - 1 - i : i) * l.every;
+    const uint64_t j = nth_block(i, blocks) * l.every;
     b.index = {static_cast<unsigned>(j % l.grid.x), static_cast<unsigned>(j / l.grid.x % l.grid.y),
                static_cast<unsigned>(j / (uint64_t{l.grid.x} * l.grid.y))};
     run_block(b);

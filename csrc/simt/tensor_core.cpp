@@ -18,6 +18,13 @@ struct MmaLane {
   const uint32_t* b;
 };
 
+// The float of each half: the toolkit's conversion works bit by bit on the host.
+const std::vector<float> kHalves = [] {
+  std::vector<float> floats(1 << 16);
+  for (uint32_t i = 0; i < floats.size(); ++i) floats[i] = __half(__half_raw{static_cast<unsigned short>(i)});
+  return floats;
+}();
+
 template <Element kElement>
 float element(uint32_t pair, int high) {
   if constexpr (kElement == Element::kBFloat16) {
@@ -26,7 +33,7 @@ float element(uint32_t pair, int high) {
     std::memcpy(&value, &bits, sizeof value);
     return value;
   } else {
-    return __half2float(__half(__half_raw{static_cast<unsigned short>(pair >> (16 * high))}));
+    return kHalves[pair >> (16 * high) & 0xffff];
   }
 }
 

@@ -165,3 +165,13 @@ def test_settings_that_make_no_sense(plain, checker):
             plain.configure(**bad)
     with pytest.raises(ValueError, match="one OS thread"):
         checker.configure(threads=2)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 7, 64, 97])
+def test_every_block_runs_once_in_any_order(plain, blocks):
+    """last_block: each block writes 1 to a place of its own, and the last to finish sums them."""
+    for schedule in (*ORDERS, *(dict(order="random", seed=seed) for seed in range(5, 15))):
+        plain.configure(**schedule)
+        y, finished = torch.zeros(1 + blocks), torch.zeros(1, dtype=torch.int32)
+        assert run(plain, "last_block", (y, "rw"), (finished, "rw"), sizes=[blocks]).clean
+        assert y.tolist() == [blocks] + [1] * blocks and finished.item() == blocks

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other half of gpu.cuh and ptx.cuh: nvcc compiles what the executor runs, to the instructions that it stands for."""
+"""The other half of gpu.cuh and ptx.cuh: nvcc makes of each wrapper the instruction that it stands for."""
 
 import os
 import re
