@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contestants of stage "micro": those of the CPU benchmarks, each backend by itself, and what a GPU adds.
 
-auto           what a user gets: the backend (and for a layer the path) that the library chooses
-native, triton the same op with the backend forced
+auto           what a user gets: the backend, the kernel (and for a layer the path) that the library chooses
+native         sparse core: the native kernel itself, with the tensor cores' plan where there is one; layer: the native
+               backend forced, path "activation"
+native:fma     sparse core in 16 bits: the native kernel without that plan
+triton         the same op with the Triton backend forced
 peft           PEFT's own way: in 16 bits S is densified in every call, in float32 it is torch.sparse.mm
 dense:once     S + diag lam is a ready dense matrix: the dense product alone, the rival of every sparse kernel
 floor          sparse core: streaming the operands once; layer: the bare GEMMs of its cheapest order
@@ -23,11 +26,10 @@ from bench import _truth, frod, sparse_core
 from bench._case import Case, make_case
 from bench._interleave import FLOOR, Contestant, Entry, Group, Unavailable
 from bench._timing import Clock
-from bench.gpu.plans import takes_tiles, tiles_for
 from bench.gpu.shapes import Job
 from bench.suites import DTYPES
-from frodkernels import _backends
-from frodkernels.ops import sparse_core as ops
+from frodkernels import _backends, _ops
+from frodkernels.functional import _views
 
 BACKENDS = ("native", "triton")
 OPS = ("sparse_core", "sparse_core_backward")
@@ -55,19 +57,38 @@ def forced(made: Contestant, backend: str, device: str) -> Contestant:
 
 
 def _ours(case: Case, mode: str) -> Contestant:
-    csr, csc = case.pattern.csr, case.pattern.csc
+    """The op as the library's own functions call it."""
+    views = _views.both_views(case.pattern, case.z)
+    rows, columns = _views.rows_view(views), _views.columns_view(views)
     z, u, lam, values = case.z, case.u, case.lam, case.values
-    forward, backward = ops.sparse_core, ops.sparse_core_backward
-    sixteen = z.element_size() == 2
-    rows = tiles_for(forward, case.pattern, False) if sixteen else {}
-    columns = tiles_for(forward, case.pattern, True) if sixteen else {}
-    detail = "tiles" if sixteen and takes_tiles(forward) else ""
     runs: dict[str, Callable[[], Any]] = {
-        "forward": lambda: forward(z, lam, values, *csr, **rows),
-        "transpose": lambda: forward(u, lam, values, *csc, **columns),
-        "backward": lambda: backward(u, z, lam, values, *csc, [True, True, True], **columns),
+        "forward": lambda: _views.product(z, lam, values, rows),
+        "transpose": lambda: _views.product(u, lam, values, columns),
+        "backward": lambda: _views.gradients(u, z, lam, values, columns, [True, True, True]),
     }
-    return sparse_core._without_grad(runs[mode], NAMES[mode], detail)
+    return sparse_core._without_grad(runs[mode], NAMES[mode])
+
+
+def _kernel(case: Case, mode: str, tiled: bool) -> Contestant:
+    """The native operator itself: no dispatcher, which may prefer a dense product."""
+    device = case.device.type
+    reason = next(filter(None, (_backends.unavailable(op, device, "native") for op in OPS)), None)
+    if reason is not None:
+        raise Unavailable(reason)
+    views = _views.both_views(case.pattern, case.z)
+    rows, columns = _views.rows_view(views), _views.columns_view(views)
+    row_tiles, column_tiles = (list(view[3:]) if tiled else [] for view in (rows, columns))
+    if not tiled and len(rows) == 3:
+        raise Unavailable("the plain kernel is the only one here")
+    z, u, lam, values = case.z, case.u, case.lam, case.values
+    forward, backward = _ops.native("sparse_core"), _ops.native("sparse_core_backward")
+    needs = [True, True, True]
+    runs: dict[str, Callable[[], Any]] = {
+        "forward": lambda: forward(z, lam, values, *rows[:3], False, row_tiles),
+        "transpose": lambda: forward(u, lam, values, *columns[:3], False, column_tiles),
+        "backward": lambda: backward(u, z, lam, values, *columns[:3], needs, False, column_tiles),
+    }
+    return sparse_core._without_grad(runs[mode], NAMES[mode], "tensor cores" if row_tiles else "fused multiply-add")
 
 
 NAMES = {"forward": ("w",), "transpose": ("dz",), "backward": sparse_core.GRADIENTS}
@@ -131,7 +152,9 @@ def _core_group(job: Job, case: Case, compile: bool) -> Group:
     makers: dict[str, Callable[[], Contestant]] = {
         FLOOR: lambda: sparse_core._floor(case, stream),
         "auto": lambda: _ours(case, mode),
-        **{name: functools.partial(lambda name: forced(_ours(case, mode), name, device), name) for name in BACKENDS},
+        "native": lambda: _kernel(case, mode, tiled=True),
+        **({"native:fma": lambda: _kernel(case, mode, tiled=False)} if case.z.element_size() == 2 else {}),
+        "triton": lambda: forced(_ours(case, mode), "triton", device),
         "dense:once": lambda: _once(case, mode),
         "torch:dense": lambda: _plain(case, mode, "dense"),
         "torch:csr": lambda: _plain(case, mode, "csr"),

@@ -20,14 +20,14 @@ import torch
 
 import frodkernels as fk
 from bench._machine import ROOT
-from bench.gpu.plans import sixteen_bits, takes_tiles, tiles_for
 from frodkernels import _native, _ops
 
 # features, tokens, density: decode, odd, one past a tile, several feature blocks; sparse as adapters are, and full rows
 SIZES = [(19, 1, 0.3), (33, 7, 0.5), (129, 65, 0.05), (130, 257, 0.02), (515, 129, 0.01), (640, 513, 0.01)]
-BLOCKS = (128, 512)  # of the tensor-core plan
+SMALL_BLOCK = 128  # features of a block of the tensor-core plan; the device's own choice is the other one
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles"}  # these compute nothing on a device
+# these compute nothing on a device
+NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles", "native_tile_block"}
 
 
 def native_ops(device: str) -> list[str]:
@@ -48,21 +48,23 @@ def _sparse_core(device: torch.device, few: bool) -> Iterator[Callable[[], objec
     """Both ops: every dtype, both layouts of the output, every choice of gradients, with and without tiles."""
     generator = torch.Generator().manual_seed(0)
     core, backward = (_ops.native(name) for name in ("sparse_core", "sparse_core_backward"))
+    like = torch.empty(0, device=device)
     for n, T, density in SIZES[:2] if few else SIZES:
         pattern = pattern_of(n, density, generator).to(device)
+        own_block = torch.ops.frodkernels.native_tile_block(like, n)  # 0: no tensor-core kernels here
         for dtype in DTYPES:
             u, z = (torch.randn(n, T, generator=generator).to(device, dtype) for _ in range(2))
             parameters = (torch.randn(n, generator=generator), torch.randn(pattern.nnz, generator=generator))
             acc = torch.float64 if dtype == torch.float64 else torch.float32
-            plans: list[tuple[dict, dict]] = [({}, {})]
-            if takes_tiles(core) and sixteen_bits(z):
-                plans += [(tiles_for(core, pattern, False, k), tiles_for(core, pattern, True, k)) for k in BLOCKS]
+            blocks = {own_block, SMALL_BLOCK} if own_block and z.element_size() == 2 else set()
+            plans: list[tuple[list, list]] = [([], [])]
+            plans += [(list(pattern.tiles(False, k)), list(pattern.tiles(True, k))) for k in sorted(blocks)]
             for param_dtype, (rows, columns), major in itertools.product({acc, dtype}, plans, (False, True)):
                 lam, values = (p.to(device, param_dtype) for p in parameters)
-                yield functools.partial(core, z, lam, values, *pattern.csr, major, **rows)
-                yield functools.partial(core, u, lam, values, *pattern.csc, major, **columns)
+                yield functools.partial(core, z, lam, values, *pattern.csr, major, rows)
+                yield functools.partial(core, u, lam, values, *pattern.csc, major, columns)
                 for needs in ([True] * 3, [True, False, False], [False, True, True]):
-                    yield functools.partial(backward, u, z, lam, values, *pattern.csc, needs, major, **columns)
+                    yield functools.partial(backward, u, z, lam, values, *pattern.csc, needs, major, columns)
                 yield functools.partial(core, z.t().contiguous().t(), None, values, *pattern.csr, major)
 
 

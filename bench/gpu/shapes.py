@@ -64,8 +64,8 @@ LAYERS = tuple(
 )
 
 QUICK_CORE, QUICK_SWEEP, QUICK_LAYERS = CORE[:3], tuple(s for s in SWEEP if s.n == 4096)[::2], LAYERS[:3]
-DRY_CORE = (_core("Tiny", "hidden", 24, 20, 0.05),)
-DRY_LAYERS = (Sized("Tiny", "q_proj", 16, 24, 20, False, 0.05),)
+DRY_CORE = (_core("Tiny", "hidden", 16, 20, 0.05),)
+DRY_LAYERS = (Sized("Tiny", "q_proj", 12, 16, 20, False, 0.05),)
 
 
 @dataclass(frozen=True)

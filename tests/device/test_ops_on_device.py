@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import frodkernels as fk
+from frodkernels.functional import _views
 from frodkernels.ops import sparse_core as ops
 from frodkernels.reference import sparse_core as reference
 from tests.device.places import case_on
@@ -15,10 +16,14 @@ dtypes = pytest.mark.parametrize("dtype, param_dtype", DTYPES, ids=DTYPE_IDS)
 SIXTEEN = [torch.bfloat16, torch.float16]
 
 
-def outputs(case, token_major=False):
-    """(w, S^T u, dz, dlam, dvalues)"""
-    w, v = ops.sparse_core(*case.forward, token_major), ops.sparse_core(*case.transpose, token_major)
-    return w, v, *ops.sparse_core_backward(*case.backward, ALL, token_major)
+def outputs(case, token_major=False, tiled=True):
+    """(w, S^T u, dz, dlam, dvalues), with the plan of the tensor-core kernels where the library has one for them."""
+    views = _views.both_views(case.pattern, case.z)
+    rows, columns = _views.rows_view(views), _views.columns_view(views)
+    row_tiles, column_tiles = (list(view[3:]) or None if tiled else None for view in (rows, columns))
+    w = ops.sparse_core(*case.forward, token_major, row_tiles)
+    v = ops.sparse_core(*case.transpose, token_major, column_tiles)
+    return w, v, *ops.sparse_core_backward(*case.backward, ALL, token_major, column_tiles)
 
 
 def plain(case):
@@ -27,9 +32,9 @@ def plain(case):
     return w, v, *reference.sparse_core_backward(*case.backward, ALL)
 
 
-def check(place, *cases, token_major=False):
+def check(place, *cases, token_major=False, tiled=True):
     """No worse than plain torch on the CPU; the errors of all cases make the norm (see tests/sparse_core)."""
-    got = [outputs(case_on(case, place.device), token_major) for case in cases]
+    got = [outputs(case_on(case, place.device), token_major, tiled) for case in cases]
     torchs = [plain(case) for case in cases]
     exact = [(case.exact_forward(), case.exact_transpose(), *case.exact_backward()) for case in cases]
     for ours, right, others in zip(
@@ -55,6 +60,8 @@ def test_against_float64(place, backend, n, T, dtype, param_dtype):
     for token_major in (False, True):
         cases = [make_case(n, n, T, "random", dtype, param_dtype, seed=seed) for seed in range(3)]
         check(place, *cases, token_major=token_major)
+        if place.type == "cuda" and dtype in SIXTEEN:
+            check(place, *cases, token_major=token_major, tiled=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
