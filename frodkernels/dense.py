@@ -15,37 +15,37 @@ from torch import Tensor
 
 from frodkernels.reference.sparse_core import accumulator, new_features
 
-# Density of S + diag lam (16-bit features, 32-bit features) above which the dense product is faster, by compute
-# capability. Modelled, by `python -m bench.roofline --dispatch`; no device was at hand to measure it.
-BREAK_EVEN = {80: (0.05, 0.5), 86: (0.05, 0.5), 89: (0.05, 0.5), 90: (0.025, 0.4), 100: (0.02, 0.4), 120: (0.04, 0.5)}
+# Density of S + diag lam above which the dense product of bfloat16 features is faster, by compute capability. Modelled,
+# by `python -m bench.roofline --dispatch`; no device was at hand to measure it.
+BREAK_EVEN = {80: 0.05, 86: 0.05, 89: 0.05, 90: 0.025, 100: 0.02, 120: 0.04}
 DENSE_TOKENS = 128  # with fewer tokens than this, writing the dense matrix costs more than any product
 DENSE_BYTES = 2**31  # a larger matrix is never written
 
 
 @functools.cache
-def _break_even(device: torch.device) -> tuple[float, float]:
+def _break_even(device: torch.device) -> float:
     major, minor = torch.cuda.get_device_capability(device)
     known = [key for key in BREAK_EVEN if key <= 10 * major + minor]
-    return BREAK_EVEN[max(known)] if known else (1.0, 1.0)
+    return BREAK_EVEN[max(known)] if known else 1.0
 
 
-def wins(T: int, rows: int, columns: int, entries: int, dtype: torch.dtype, break_even: tuple[float, float]) -> bool:
+def wins(T: int, rows: int, columns: int, entries: int, dtype: torch.dtype, break_even: float) -> bool:
     """Whether the dense product of ``entries`` nonzeros is the faster one for T tokens of ``dtype``.
 
-    Only for bfloat16 and float32: float64 has no tensor cores worth it, and parameters may not fit float16's range,
-    which the native kernels scale them into.
+    Only for bfloat16: wider types gain little from a dense product, and parameters may not fit float16's range, which
+    the native kernels scale them into.
     """
-    if T < DENSE_TOKENS or dtype not in (torch.bfloat16, torch.float32) or rows * columns * 4 > DENSE_BYTES:
+    if T < DENSE_TOKENS or dtype != torch.bfloat16 or rows * columns * 4 > DENSE_BYTES:
         return False
-    return entries > break_even[dtype == torch.float32] * rows * columns
+    return entries > break_even * rows * columns
 
 
 def dense_is_faster(z: Tensor, lam: Tensor | None, values: Tensor, indptr: Tensor) -> bool:
-    """The choice for CUDA features z [columns, T] of their current device."""
+    """The choice for features z [columns, T]; never on the CPU, whose kernels gather from caches at any density."""
+    if not z.is_cuda or values.dtype == torch.float64:
+        return False
     rows = indptr.numel() - 1
     entries = values.numel() + (0 if lam is None else rows)
-    if values.dtype == torch.float64:
-        return False
     return wins(z.shape[1], rows, z.shape[0], entries, z.dtype, _break_even(z.device))
 
 
@@ -74,8 +74,6 @@ def sparse_core(z, lam, values, indptr, indices, perm, token_major=False):
 
 def _float_product(a: Tensor, b: Tensor) -> Tensor:
     """a b in float32, as the sums of it are: gradients of float32 parameters are not rounded to 16 bits."""
-    if a.dtype == torch.float32:
-        return a @ b
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
@@ -94,5 +92,5 @@ def sparse_core_backward(u, z, lam, values, indptr, indices, perm, needs, token_
             owner, index, order = _entries(indptr, indices, perm)
             dvalues = torch.empty_like(values).index_put_((order,), product[owner, index].to(values.dtype))
         if need_lam:
-            dlam = product.diagonal().to(lam.dtype)
-    return dz, dlam.contiguous(), dvalues
+            dlam = torch.empty_like(lam).copy_(product.diagonal())
+    return dz, dlam, dvalues

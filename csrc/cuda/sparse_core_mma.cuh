@@ -316,6 +316,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_mma_kernel(const P
       const int32_t row = p.tiles.row_order[(groups.first + o) * 8 + (lane >> 2)];
       store_group<scalar_t>(p, acc[o], scale, stage_out, row, t0);
     }
+    __syncwarp();  // other lanes' results come before the exact ones
     for (int o = 0; again != 0; ++o, again >>= 1) {
       if (again & 1) exact_group<scalar_t>(p, groups.first + o, t0 + lane);
     }

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from frodkernels import _backends, _ops, dense
-from frodkernels.dense import dense_is_faster
 from frodkernels.reference.sparse_core import accumulator, new_features
 
 FORWARD = "sparse_core"
@@ -91,7 +90,7 @@ def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False, ti
     backend, run = _backends.implementation(FORWARD, z.device.type)
     if backend != "native":
         return run(z, lam, values, indptr, indices, perm, token_major)
-    if z.is_cuda and dense_is_faster(z, lam, values, indptr):
+    if dense.dense_is_faster(z, lam, values, indptr):
         return dense.sparse_core(z, lam, values, indptr, indices, perm, token_major)
     return run(z, lam, values, indptr, indices, perm, token_major, tiles)
 
@@ -100,7 +99,7 @@ def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_majo
     backend, run = _backends.implementation(BACKWARD, u.device.type)
     if backend != "native":
         return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
-    if u.is_cuda and dense_is_faster(u, lam, values, indptr):
+    if dense.dense_is_faster(u, lam, values, indptr):
         return dense.sparse_core_backward(u, z, lam, values, indptr, indices, perm, needs, token_major)
     return run(u, z, lam, values, indptr, indices, perm, needs, token_major, tiles)
 

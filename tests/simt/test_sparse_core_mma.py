@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensor-core kernels of the sparse core, run by the executor: right, exact about infinities, repeatable, clean."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import frodkernels as fk
+from frodkernels.reference import sparse_core as reference
+from tests.simt import executor
+from tests.simt.coverage import base_name
+from tests.support import KINDS, assert_no_worse_than_torch, make_case
+
+DTYPES = [torch.bfloat16, torch.float16]
+ALL = [True, True, True]
+KERNELS = {"pack_kernel", "product_mma_kernel", "gradient_mma_kernel", "reduce_sources_kernel"}
+SMALL, LARGE = 101376, 232448  # shared memory of a block: sm_86, 89, 120 and sm_90, 100
+SCHEDULES = [
+    dict(order="reverse"),
+    dict(order="random", seed=3),
+    dict(order="random", seed=4, yield_permille=20),
+    dict(lazy_copies=False),
+]
+
+
+def ops(module):
+    return torch.ops.simt_check if module.checked else torch.ops.simt
+
+
+def outputs(module, case, block=128, needs=ALL):
+    """(w, dz, dlam, dvalues)"""
+    rows, columns = (list(case.pattern.tiles(transpose, block)) for transpose in (False, True))
+    w = ops(module).native_sparse_core(*case.forward, False, rows)
+    return w, *ops(module).native_sparse_core_backward(*case.backward, needs, False, columns)
+
+
+def check(module, case, block=128):
+    got = outputs(module, case, block)
+    plain = reference.sparse_core(*case.forward), *reference.sparse_core_backward(*case.backward, ALL)
+    exact = case.exact_forward(), *case.exact_backward()
+    for ours, torchs, right in zip(got, plain, exact, strict=True):
+        assert_no_worse_than_torch(ours, right, torchs)
+    return got
+
+
+def launched(module):
+    return {base_name(name) for name in module.launches()}
+
+
+# --- right ------------------------------------------------------------------------------------------------------------
+# One tile, one token more, tokens that no 16-byte access fits, several tiles.
+@pytest.mark.parametrize("param_dtype", [torch.float32, None], ids=["float32", "same"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [32, 33, 40, 71, 128])
+def test_every_token_count(plain, T, dtype, param_dtype):
+    check(plain, make_case(67, 67, T, "random", dtype, param_dtype or dtype))
+    scaled = {"largest_parameter_kernel"} if dtype == torch.float16 else set()
+    assert launched(plain) == KERNELS | scaled
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1), (9, 9), (35, 150), (150, 35), (1, 40), (40, 1), (260, 260)], ids=str)
+def test_every_pattern(plain, shape, kind):
+    case = make_case(*shape, 40, kind, torch.bfloat16, torch.float32)
+    check(plain, case)
+
+
+@pytest.mark.parametrize("T", [31, 32])
+def test_fewer_tokens_than_a_tile_go_to_the_other_kernels(plain, T):
+    check(plain, make_case(40, 40, T, "random", torch.bfloat16, torch.float32))
+    assert ("product_mma_kernel" in launched(plain)) == (T == 32)
+
+
+# Cells of every number of steps; jobs of three and four steps; one row block or several; more items than thread blocks
+# and fewer.
+@pytest.mark.parametrize("shared", [SMALL, LARGE])
+@pytest.mark.parametrize("sms", [1, 3, 200])
+@pytest.mark.parametrize("n, density, block", [(512, 0.01, 512), (300, 0.08, 256), (384, 0.14, 384), (260, 0.5, 128)])
+def test_every_plan(plain, n, density, block, sms, shared):
+    plain.configure(sms=sms, shared_per_block=shared)
+    case = make_case(n, n, 100, "empty", torch.bfloat16, torch.float32)
+    g = torch.Generator().manual_seed(n)
+    rows, cols = (torch.rand(n, n, generator=g) < density).nonzero(as_tuple=True)
+    case.rows, case.cols, case.values = rows, cols, torch.randn(rows.numel(), generator=g)
+    case.pattern = fk.SparsePattern(rows, cols, (n, n))
+    check(plain, case, block)
+
+
+@pytest.mark.parametrize("capability, shared, columns, block", [
+    (80, 166912, 4096, 1024), (80, 166912, 100, 128), (90, LARGE, 4096, 1408), (90, LARGE, 9216, 1536),
+    (86, SMALL, 3072, 640), (75, 40000, 4096, 128), (75, 20000, 4096, 0),
+])  # fmt: skip
+def test_blocks_fit_the_device(plain, capability, shared, columns, block):
+    plain.configure(capability=capability, shared_per_block=shared)
+    assert torch.ops.simt.native_tile_block(torch.empty(0), columns) == block
+
+
+def test_every_block_up_to_the_limit_can_be_launched(plain):
+    for shared in (SMALL, 166912, LARGE):
+        plain.configure(shared_per_block=shared, sms=1)
+        block = torch.ops.simt.native_tile_block(torch.empty(0), 65000)
+        check(plain, make_case(block + 3, block + 3, 32, "one", torch.bfloat16, torch.float32), block)
+        assert "gradient_mma_kernel" in launched(plain)
+
+
+def test_a_plan_for_a_larger_device_goes_to_the_other_kernels(plain):
+    plain.configure(shared_per_block=SMALL)
+    check(plain, make_case(67, 67, 64, "random", torch.bfloat16, torch.float32), 1024)
+    assert "product_mma_kernel" not in launched(plain)
+
+
+@pytest.mark.parametrize(
+    "needs", [[True, False, False], [False, True, False], [False, False, True], [False] * 3], ids=str
+)
+def test_only_what_is_needed(plain, needs):
+    case = make_case(67, 67, 40, "random", torch.bfloat16, torch.float32)
+    whole, part = outputs(plain, case)[1:], outputs(plain, case, needs=needs)[1:]
+    for full, got, need in zip(whole, part, needs, strict=True):
+        assert torch.equal(got, full) if need else got.numel() == 0
+
+
+@pytest.mark.parametrize("pitch", [3, 8])  # rows that do not, and that do, start on 16 bytes
+def test_rows_with_a_pitch(plain, pitch):
+    case = make_case(67, 67, 40, "random", torch.bfloat16, torch.float32)
+    w, *grads = outputs(plain, case)
+    wide = {name: torch.full((67, 40 + pitch), float("nan"), dtype=torch.bfloat16) for name in "uz"}
+    for name, buffer in wide.items():
+        buffer[:, :40] = getattr(case, name)
+        setattr(case, name, buffer[:, :40])
+    for got, want in zip(outputs(plain, case), (w, *grads), strict=True):
+        assert torch.equal(got, want)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    m=st.integers(1, 80), n=st.integers(1, 300), T=st.integers(32, 80), kind=st.sampled_from(KINDS),
+    dtype=st.sampled_from(DTYPES), block=st.sampled_from((128, 256)), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_shape(m, n, T, kind, dtype, block, seed):
+    check(executor.plain(), make_case(m, n, T, kind, dtype, torch.float32, seed=seed), block)
+
+
+# --- numbers at the edge ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_infinities_reach_the_rows_that_have_them_and_no_others(plain, bad, dtype):
+    case = make_case(67, 67, 70, "random", dtype, torch.float32)
+    case.z[5, 3] = case.z[40, 69] = case.u[11, 64] = bad
+    got = outputs(plain, case)
+    want = reference.sparse_core(*case.forward), *reference.sparse_core_backward(*case.backward, ALL)
+    for ours, torchs in zip(got, want, strict=True):
+        assert not torch.isfinite(torchs).all()
+        assert torch.equal(torch.isnan(ours), torch.isnan(torchs))
+        assert torch.equal(ours[torch.isinf(torchs)], torchs[torch.isinf(torchs)])
+        fine = torch.isfinite(torchs)
+        torch.testing.assert_close(ours[fine], torchs[fine], rtol=0.05, atol=0.1)  # exact bars: the finite tests
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 3e4, 1e9, 1e30])
+def test_float16_takes_parameters_of_any_size(plain, scale):
+    case = make_case(67, 67, 40, "random", torch.float16, torch.float32)
+    case.values *= scale
+    case.lam *= scale
+    case.z *= min(1 / scale, 1) if scale > 1 else 1
+    rows = list(case.pattern.tiles(False, 128))
+    got = torch.ops.simt.native_sparse_core(*case.forward, False, rows)
+    want = reference.sparse_core(*case.forward)
+    if torch.isfinite(want).all():
+        assert_no_worse_than_torch(got, case.exact_forward(), want)
+    else:
+        assert torch.equal(got.isfinite(), want.isfinite())
+
+
+def test_infinite_parameters(plain):
+    for dtype in DTYPES:
+        case = make_case(40, 40, 40, "random", dtype, torch.float32)
+        case.values[3], case.lam[7] = float("inf"), float("nan")
+        got = torch.ops.simt.native_sparse_core(*case.forward, False, list(case.pattern.tiles(False, 128)))
+        want = reference.sparse_core(*case.forward)
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf())
+
+
+# --- repeatable, clean ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_no_schedule_changes_a_bit(plain, schedule):
+    case = make_case(260, 260, 71, "random", torch.bfloat16, torch.float32)
+    plain.configure(sms=3)
+    want = outputs(plain, case)
+    plain.configure(sms=3, **schedule)
+    for got, once in zip(outputs(plain, case), want, strict=True):
+        assert torch.equal(got, once)
+
+
+@pytest.mark.kernel("pack_kernel", "largest_parameter_kernel", "product_mma_kernel", "gradient_mma_kernel")
+@pytest.mark.kernel("reduce_sources_kernel")
+@pytest.mark.parametrize("shared", [SMALL, 166912])
+@pytest.mark.parametrize("T, n", [(64, 260), (71, 67)])
+def test_no_race_no_stray_access(checker, T, n, shared):
+    checker.configure(sms=3, shared_per_block=shared)
+    case = make_case(n, n, T, "random", torch.float16, torch.float32)
+    check(checker, case)
+    case.z[3, 3] = case.u[5, 5] = float("nan")  # and where sums are made again
+    outputs(checker, case)
+    assert checker.reports() == []
+
+
+@pytest.mark.kernel("product_mma_kernel", "gradient_mma_kernel")
+@pytest.mark.parametrize("schedule", SCHEDULES[:2], ids=str)
+def test_no_race_under_other_schedules(checker, schedule):
+    checker.configure(sms=2, **schedule)
+    check(checker, make_case(150, 150, 72, "random", torch.bfloat16, torch.float32))
+    assert checker.reports() == []
+
+
+def test_under_the_sanitisers():
+    script = """
+from tests.support import make_case
+import frodkernels
+for dtype, T in ((torch.bfloat16, 71), (torch.float16, 64)):
+    case = make_case(67, 67, T, "random", dtype, torch.float32)
+    tiles = [list(case.pattern.tiles(transpose, 128)) for transpose in (False, True)]
+    simt.configure(sms=3)
+    w = torch.ops.simt_asan.native_sparse_core(*case.forward, False, tiles[0])
+    grads = torch.ops.simt_asan.native_sparse_core_backward(*case.backward, [True] * 3, False, tiles[1])
+    assert all(t.isfinite().all() for t in (w, *grads))
+print("came through")
+"""
+    (end,) = executor.under_asan([script])
+    assert end.status == 0 and "came through" in end.output, end.output
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+def test_tiles_that_do_not_fit_are_refused(plain):
+    case = make_case(67, 67, 40, "random", torch.bfloat16, torch.float32)
+    other = make_case(75, 75, 40, "random", torch.bfloat16, torch.float32)
+    good = list(case.pattern.tiles(False, 128))
+    for bad, message in (
+        (good[:5], "tiles must be 7 tensors"),
+        (list(other.pattern.tiles(False, 128)), "tiles do not fit the plan"),
+        ([t.float() for t in good], "row_order has the wrong dtype"),
+        ([*good[:5], good[5][:, :3], good[6]], "jobs has the wrong dtype or layout"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.simt.native_sparse_core(*case.forward, False, bad)
