@@ -74,3 +74,17 @@ def test_overrun_of_dynamic_shared_memory(checker):
     assert outcome.says(
         "out of bounds: write of 4 bytes ending 4 bytes past the end of dynamic shared memory (32 bytes)"
     )
+
+
+def test_sampled_blocks(plain, checker):
+    """Every third block of `copy` runs, in any order; what it counts is of those."""
+    x = torch.randn(64 * 10)
+    for module, order in ((plain, "forward"), (plain, "random"), (checker, "reverse")):
+        module.reset()
+        module.configure(order=order, sample={"copy": 3})
+        y = torch.zeros(64 * 10)
+        assert run(module, "copy", (x, "r"), (y, "rw"), sizes=[639]).clean  # 10 blocks
+        ran = torch.arange(640).div(64, rounding_mode="floor") % 3 == 0
+        ran[639] = False
+        assert torch.equal(y, torch.where(ran, x, 0))
+        assert module.kernels()["copy<kBug>"]["blocks"] == 4

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The executor's modules beside one another and beside the library, in one process."""
 
+import re
 import subprocess
 
 import torch
@@ -46,3 +47,16 @@ def test_only_the_init_functions_are_exported(plain, checker):
 def test_kinds(plain, checker):
     assert not plain.checked and checker.checked
     assert plain.sites() == []
+
+
+def test_the_documents_name_tests_that_exist():
+    text = (executor.ROOT / "docs" / "executor.md").read_text()
+    folder = executor.ROOT / "tests" / "simt"
+    defined = set(re.findall(r"^def (test_\w+)", "".join(p.read_text() for p in folder.glob("*.py")), re.MULTILINE))
+    for name, ending in re.findall(r"(test_\w+)(\.py|\*)?", text):
+        found = (
+            (folder / f"{name}.py").exists()
+            if ending == ".py"
+            else any(test == name or (ending and test.startswith(name)) for test in defined)
+        )
+        assert found, name
