@@ -30,6 +30,7 @@ OnRecord = Callable[[str, Record], None]
 def environment(options: Options) -> dict[str, str]:
     """A child's: output at once, no downloads, and in a dry run Triton in its interpreter."""
     env = dict(os.environ, PYTHONUNBUFFERED="1", PYTHONFAULTHANDLER="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="0")
+    env["TQDM_DISABLE"] = "1"
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     if options.dry_run:
         env |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # tiny sizes
@@ -107,7 +108,6 @@ class _Child:
                     self.mark = event["mark"]
                 elif "fault" in event:
                     self.poisoned, self.spoilt = event["fault"], event["record"]
-                    self.mark = self.spoilt.get("data", {}).get("culprit") or self.mark
                 else:
                     self._finish(event["end"], event["record"])
 

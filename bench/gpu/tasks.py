@@ -176,7 +176,6 @@ def metamath(options: Options, training: dict[str, Any], steps: int) -> Task:
     def finish(adapted: nn.Module) -> None:
         if training["use_gc"]:
             adapted.gradient_checkpointing_enable()
-        adapted.to(options.device)
 
     return Task(model, batches, model_is, data_is, finish)
 

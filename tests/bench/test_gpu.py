@@ -189,9 +189,39 @@ def test_who_killed_a_process_is_left_out_and_named():
     )
     rows = {row["impl"]: row for row in found["data"]["rows"]}
     assert "killed it" in rows["native"]["status"] and not rows["native"]["ms"]
-    assert found["status"] == "failed" and found["data"]["culprit"] == "native"
+    assert found["status"] == "failed"
     assert "native" not in marks and {"auto", "floor", "dense:once"} <= set(marks)
     assert "killed it" in micro.render({job.id: found})
+
+
+def test_the_contestant_that_breaks_the_device_is_the_one_marked(monkeypatch):
+    broken: list[str] = []
+
+    def synchronize() -> None:
+        if broken:
+            raise RuntimeError("an illegal memory access was encountered")
+
+    right = groups._kernel
+
+    def faulty(case, mode, tiled):
+        made = right(case, mode, tiled)
+        answers = made.answers
+        made.answers = lambda: (broken.append("now"), answers())[1]
+        return made
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "empty_cache", synchronize)
+    monkeypatch.setattr("bench._interleave._peak", lambda contestant: None)
+    monkeypatch.setattr(groups, "_kernel", faulty)
+    marks: list[str] = []
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        micro.run(shapes.jobs(dry_run=True)[0].id, DRY, marks.append)
+    assert marks == ["floor", "auto", "native"]
+    broken.clear()
+    monkeypatch.setattr(groups, "_kernel", right)
+    micro.run(shapes.jobs(dry_run=True)[0].id, DRY, marks.append)
+    assert marks[-1] == "the timed rounds"
 
 
 def test_the_device_clock(monkeypatch):
