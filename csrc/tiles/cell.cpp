@@ -9,7 +9,7 @@
 namespace frodkernels::tiles {
 namespace {
 
-constexpr int64_t kFewOctets = 32;
+constexpr int64_t kFewOctets = 64;
 constexpr int kDepth = 2;
 
 int spread(const Step& step, int octet) {
@@ -86,7 +86,7 @@ void Layout::share_out() {
       for (int n = 0; n < kRows; ++n) {
         if (items[index].rows >> n & 1) fullest = std::max<int64_t>(fullest, load_[o / kOctets][n]);
       }
-      const int64_t cost = 4 * int64_t(octets_[o].size()) + fullest;
+      const int64_t cost = int64_t(octets_[o].size()) + 4 * fullest;
       if (cost < best_cost) best = o, best_cost = cost;
     }
     if (best >= 0) {

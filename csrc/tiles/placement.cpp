@@ -2,9 +2,9 @@
 //
 // Which features share a bank class. A cell takes as many wavefronts as its largest class has features, but no fewer
 // than the octets that it needs, so the classes of its features should reach that number, its goal, and none exceed it.
-// A local search swaps the classes of two features of a block: each feature in turn with those partners that promise
-// the most, where the true cost and a smooth one together fall. The smooth one is a sum over classes, so that what a
-// move costs is a sum of one row of a table for each cell with the feature.
+// A local search swaps the classes of two features of a block: each feature in turn with one of the partners that
+// promise the most. It goes by the true cost and a smooth one together. The smooth one is a sum over classes, so that
+// what moving a feature costs is a sum of one small vector for each cell with the feature.
 #include <algorithm>
 #include <array>
 #include <utility>
@@ -14,10 +14,14 @@
 namespace frodkernels::tiles {
 namespace {
 
-constexpr int kSweeps = 8, kPartners = 8;
-constexpr int64_t kLeastWork = int64_t(1) << 28, kWorkPerEntry = 1024;  // operations, of all sweeps and blocks
-constexpr int32_t kWavefront = 50;                                      // the true price of one
-constexpr int32_t kHope = 200;  // partners that promise a loss up to this are tried
+constexpr int64_t kLeastSweeps = 8, kMostSweeps = 24;
+// Operations that sweeps beyond the least may take: in any pattern, and in large ones.
+constexpr int64_t kLeastWork = int64_t(1) << 26, kWorkPerEntry = 1536;
+constexpr int64_t kWorkPerVisit = 34;  // of a sweep, for each cell of each feature
+constexpr int kPartners = 8;
+constexpr int32_t kHope = 200;       // partners that promise to cost up to this are tried
+constexpr int32_t kTolerance = 150;  // of costs, at first
+constexpr int32_t kWavefront = 50;   // the true price of one
 // The smooth price of the feature that brings a class to its goal - 5, - 4, .. and beyond it: doubling up to one
 // beyond, by thirds from there.
 constexpr std::array<int32_t, 12> kPrices = {1, 2, 4, 8, 16, 32, 64, 83, 108, 141, 183, 238};
@@ -64,19 +68,22 @@ class Block {
 
   Cell& cell(int64_t g) { return cells_[g]; }
 
+  // Swaps that raise the cost a little are taken at first, by less and less from sweep to sweep and by none in the
+  // last.
   void search(int64_t work) {
     for (Cell& cell : cells_) {
       for (int c = 0; c < kClasses; ++c) cell.update(c);
     }
-    for (int sweep = 0; sweep < kSweeps && work > 0; ++sweep) {
+    const int64_t sweep_work = m_.block * m_.block + kWorkPerVisit * int64_t(groups_.size());
+    const int64_t sweeps = std::clamp(work / sweep_work, kLeastSweeps, kMostSweeps);
+    for (int64_t sweep = sweeps - 1; sweep >= 0; --sweep) {
+      const auto tolerance = int32_t(kTolerance * sweep / sweeps);
       for (int64_t f = 0; f < m_.block; ++f) weigh(f);
-      work -= 2 * int64_t(groups_.size());
-      swaps_ = 0;
-      for (int64_t f = 0; f < m_.block && work > 0; ++f) {
-        if (ptr_[f] == ptr_[f + 1]) continue;
-        work -= m_.block + 2 * (ptr_[f + 1] - ptr_[f]) + improve(f);
+      bool swapped = false;
+      for (int64_t f = 0; f < m_.block; ++f) {
+        if (ptr_[f] < ptr_[f + 1] && improve(f, tolerance)) swapped = true;
       }
-      if (swaps_ == 0) break;
+      if (!swapped) break;
     }
   }
 
@@ -120,8 +127,8 @@ class Block {
     return change;
   }
 
-  // Swaps f with the first of its most promising partners that lowers the cost; returns the work it took.
-  int64_t improve(int64_t f) {
+  // Swaps f with the first of its most promising partners that changes the cost by less than `tolerance`.
+  bool improve(int64_t f, int32_t tolerance) {
     weigh(f);
     const int from = class_[f];
     partners_.clear();
@@ -132,22 +139,19 @@ class Block {
       if (promise < kHope) partners_.emplace_back(promise, int32_t(other));
     }
     const size_t tried = std::min<size_t>(kPartners, partners_.size());
-    std::partial_sort(partners_.begin(), partners_.begin() + tried, partners_.end());
-    int64_t work = 0;
+    std::partial_sort(partners_.begin(), partners_.begin() + int64_t(tried), partners_.end());
     for (size_t t = 0; t < tried; ++t) {
       const int64_t other = partners_[t].second;
       const int to = class_[other];
-      work += 8 * (ptr_[f + 1] - ptr_[f] + ptr_[other + 1] - ptr_[other]);
-      if (move(f, to) + move(other, from) < 0) {
+      if (move(f, to) + move(other, from) < tolerance) {
         weigh(f);
         weigh(other);
-        ++swaps_;
-        break;
+        return true;
       }
       move(other, to);
       move(f, from);
     }
-    return work;
+    return false;
   }
 
   const Matrix& m_;
@@ -157,7 +161,6 @@ class Block {
   std::vector<int32_t> groups_;  // the groups with each feature
   std::vector<ByClass> moves_;   // [block]
   std::vector<std::pair<int32_t, int32_t>> partners_;
-  int64_t swaps_ = 0;  // of the sweep at hand
 };
 
 // The octets that each cell needs at least, [blocks, groups].
