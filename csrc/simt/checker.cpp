@@ -119,7 +119,12 @@ void read_cell(Cell& c, const Stamp& now, const Block& b, const Warp& w, const S
 }
 
 void write_cell(Cell& c, const Stamp& now, const Block& b, const Warp& w, const SiteCounts& site, const Buffer& buffer,
-                uintptr_t a) {
+                uintptr_t a, bool landing) {
+  if (c.write.pending && c.write.block == now.block && !landing) {
+    report(key_of("pending write", site, c.write.site), "cp.async not waited for: " + place_in(buffer, a) +
+                                                            ", copied by " + who(c.write) + ", written by " + who(now) +
+                                                            here_text());
+  }
   if (c.write.block && !(c.write.atomic && now.atomic) && !ordered(c.write, now, b, w, buffer)) {
     race("write, write", site, buffer, a, c.write, now);
   }
@@ -175,7 +180,7 @@ void access(const void* p, int bytes, unsigned kind, const void* pc, const Threa
     Cell& c = buffer->cells[i];
     const uintptr_t at = buffer->start + (i << buffer->shift);
     if (!write || atomic) read_cell(c, now, b, *t.warp, site, *buffer, at);
-    if (write) write_cell(c, now, b, *t.warp, site, *buffer, at);
+    if (write) write_cell(c, now, b, *t.warp, site, *buffer, at, kind & kLanding);
   }
 }
 

@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,8 +60,9 @@ def run(command: list[str]) -> None:
     )
     if done.returncode == 0:
         return
-    if "the executor needs the CUDA toolkit" in done.stdout:
-        raise NoToolkit(done.stdout[done.stdout.index("the executor needs") :].strip())
+    said = " ".join(done.stdout.split())  # CMake breaks lines where it likes
+    if found := re.search(r"the executor needs the CUDA toolkit's headers.*?(?= Call Stack|$)", said):
+        raise NoToolkit(found.group())
     raise RuntimeError(f"{' '.join(command)}\n{done.stdout}")
 
 
@@ -78,12 +80,14 @@ def build(*modules: str) -> None:
             "CMAKE_BUILD_TYPE": "None",
             "CMAKE_MAKE_PROGRAM": ninja,
         }
+        # What CMake takes from the environment once and keeps: when that changes it must begin afresh.
+        key = str([settings, *(os.environ.get(name) for name in ("CXX", "CXXFLAGS", "CUDA_HOME", "FRODKERNELS_CUDA"))])
         stamp = FOLDER / ".settings"
-        if not (FOLDER / "build.ninja").exists() or not stamp.exists() or stamp.read_text() != str(settings):
+        if not (FOLDER / "build.ninja").exists() or not stamp.exists() or stamp.read_text() != key:
             stamp.unlink(missing_ok=True)
             defines = [f"-D{name}={value}" for name, value in settings.items()]
-            run([cmake, "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja", *defines])
-            stamp.write_text(str(settings))
+            run([cmake, "--fresh", "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja", *defines])
+            stamp.write_text(key)
         jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
         run([cmake, "--build", str(FOLDER), "--parallel", jobs, "--target", *(modules or ["simt"])])
 
@@ -199,4 +203,7 @@ def under_asan(scripts: list[str]) -> list[Ended]:
 
 
 if __name__ == "__main__":
-    build(*sys.argv[1:])
+    try:
+        build(*sys.argv[1:])
+    except NoToolkit as why:
+        print(f"the executor's modules are not built: {why}")

@@ -55,6 +55,11 @@ def test_copy_into_a_buffer_still_read(checker):
     assert run(checker, "reverse_copies", (x, "r"), (y, "w"), sizes=[3], bug=2).says("race (read, write)")
 
 
+def test_store_to_where_a_copy_lands(checker):
+    outcome = run(checker, "copy_rows", (torch.randn(128), "r"), (empty(32), "w"), bug=4)
+    assert outcome.says("cp.async not waited for: a shared variable", "written by thread")
+
+
 def test_copy_waited_for_but_not_shared_by_a_barrier(checker):
     x, y = torch.randn(192), empty(192)
     outcome = run(checker, "reverse_copies", (x, "r"), (y, "w"), sizes=[3], bug=4)

@@ -4,6 +4,7 @@
 import re
 import subprocess
 
+import pytest
 import torch
 
 import frodkernels as fk
@@ -47,6 +48,13 @@ def test_only_the_init_functions_are_exported(plain, checker):
 def test_kinds(plain, checker):
     assert not plain.checked and checker.checked
     assert plain.sites() == []
+
+
+def test_without_a_toolkit(monkeypatch, tmp_path):
+    monkeypatch.setattr(executor, "FOLDER", tmp_path)
+    monkeypatch.setenv("FRODKERNELS_CUDA", "0")
+    with pytest.raises(executor.NoToolkit, match="needs the CUDA toolkit's headers: FRODKERNELS_CUDA=0$"):
+        executor.build.__wrapped__("_simt")
 
 
 def test_the_documents_name_tests_that_exist():

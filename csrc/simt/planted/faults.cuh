@@ -175,7 +175,8 @@ __global__ void multiply_ones(float* y) {
   y[threadIdx.x] = d[0];
 }
 
-// A thread exits with a copy of its own in flight (1); a misaligned copy (2) or ldmatrix row (3).
+// A thread exits with a copy of its own in flight (1); a misaligned copy (2) or ldmatrix row (3); a store to where a
+// copy is still to land (4).
 template <int kBug>
 __global__ void copy_rows(const float* x, float* y) {
   SIMT_SHARED(float, tile, [32 * 4 + 4]);
@@ -183,6 +184,7 @@ __global__ void copy_rows(const float* x, float* y) {
   ptx::cp_async<16>(&tile[4 * i + (kBug == 2 ? 1 : 0)], x + 4 * i);
   ptx::cp_async_commit();
   if (kBug == 1) return;
+  if (kBug == 4) tile[4 * i] = 0;
   ptx::cp_async_wait<0>();
   __syncthreads();
   uint32_t r[1];
