@@ -32,7 +32,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path(OUTPUT), metavar="FILE", help=f"the report ({OUTPUT})")
     parser.add_argument("--only", action="append", default=[], choices=STAGES, help="this stage (repeatable)")
     parser.add_argument("--skip", action="append", default=[], choices=STAGES, help="not this stage (repeatable)")
-    parser.add_argument("--quick", action="store_true", help="fewer shapes, rounds and steps: about 20 minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes, rounds and steps")
     parser.add_argument("--models", default="", metavar="DIR", help="folder of local models and data sets; see docs")
     parser.add_argument("--steps", type=int, default=0, help="training steps per method (30; quick 10)")
     parser.add_argument("--dry-run", action="store_true", help="every stage on the CPU with tiny sizes; no results")

@@ -20,6 +20,7 @@ NAME, TITLE = "model", "Model against measurement"
 AGAIN = True
 
 Pair = dict[str, Any]
+SHORT = {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "f32": "float32", "fp32": "float32"}
 
 
 def items(options: Options) -> list[Item]:
@@ -67,19 +68,37 @@ def is_this(device: str, machine: str) -> bool:
     return bool(words) and all(word in here for word in words if any(c.isdigit() for c in word))
 
 
+def serves(one: dict[str, Any], impl: str) -> bool:
+    """Whether the model's record is of this implementation: named, told by its tiles, or else the native kernel."""
+    named = one.get("implementation", one.get("impl"))
+    if named is not None:
+        return named == impl
+    if "tiles" in one:
+        return impl == ("native" if one["tiles"] else "native:fma")
+    return impl == "native"
+
+
+def same_work(one: dict[str, Any], row: dict[str, Any]) -> bool:
+    """Mode, n, T, dtype; nnz up to rounding."""
+    try:
+        sizes = all(int(one[key]) == int(row[key]) for key in ("n", "T"))
+        close = abs(int(one["nnz"]) - int(row["nnz"])) <= 2
+    except (KeyError, TypeError, ValueError):
+        return False
+    dtype = str(one.get("dtype", row["dtype"]))
+    return sizes and close and SHORT.get(dtype, dtype) == row["dtype"] and mode_of(one) == row["mode"]
+
+
 def join(records: list[dict[str, Any]], rows: list[dict[str, Any]], machine: str) -> list[Pair]:
-    """Measured rows with the model's time for the same mode, n, T and nnz on this device."""
+    """Measured rows with the model's time for the same work on this device."""
     found: list[Pair] = []
     for row in rows:
-        if row["impl"] not in ("native", "triton", "auto") or not row["ms"]:
+        if not row["ms"]:
             continue
         for one in records:
-            shape = all(int(one.get(key, -1)) == int(row[key]) for key in ("n", "T", "nnz"))
-            if not shape or "modelled_us" not in one or mode_of(one) != row["mode"]:
+            if "modelled_us" not in one or not is_this(str(one.get("device", "")), machine):
                 continue
-            if not is_this(str(one.get("device", "")), machine) or one.get("dtype", row["dtype"]) != row["dtype"]:
-                continue
-            if one.get("implementation", one.get("impl", row["impl"])) != row["impl"]:
+            if not same_work(one, row) or not serves(one, row["impl"]):
                 continue
             measured, modelled = 1e3 * float(row["ms"]), float(one["modelled_us"])
             found.append({

@@ -371,12 +371,15 @@ def test_the_files_of_the_test_stage_exist():
 def test_model_and_measurement_are_joined():
     row = dict(op="sparse_core", impl="native", mode="backward", n=4096, T=8192, nnz=167772, dtype="bfloat16", ms="0.5")
     one = dict(kernel="gradient_mma", device="H100", n=4096, T=8192, nnz=167772, dtype="bfloat16", modelled_us=250.0)
-    others = [
-        {**one, "device": "A100"},
-        {**one, "kernel": "product_mma"},
-        {**one, "T": 4608},
-        {**one, "dtype": "float32"},
-    ]
+    changes = (
+        {"device": "A100"},
+        {"kernel": "product_mma"},
+        {"T": 4608},
+        {"dtype": "f32"},
+        {"tiles": False},
+        {"n": None},
+    )
+    others = [{**one, **change} for change in changes]
     pairs = model.join([*others, one], [row, {**row, "impl": "peft"}, {**row, "ms": ""}], "NVIDIA H100 80GB HBM3")
     assert [(pair["measured_us"], pair["modelled_us"], pair["ratio"]) for pair in pairs] == [(500.0, 250.0, 2.0)]
     assert model.read_records(json.dumps([one])) == model.read_records(json.dumps({"records": [one]})) == [one]
