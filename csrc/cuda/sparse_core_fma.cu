@@ -8,6 +8,8 @@
 namespace frodkernels::cuda {
 namespace {
 
+static_assert(kTileFeatureBytes == kFeatureTile, "the plan counts the bytes that the kernels use");
+
 constexpr int64_t kMaxGridY = 65535, kMaxPackBlocks = int64_t(1) << 20;
 
 template <typename scalar_t>
