@@ -29,7 +29,7 @@ print("came through", torch.ops.simt_asan.native_sparse_core)
 
 @pytest.fixture(scope="module")
 def ends():
-    scripts = {bug: SCRIPT.format(bug=bug) for bug in range(5)} | {"right": RIGHT}
+    scripts = {bug: SCRIPT.format(bug=bug) for bug in range(5)} | {"right": RIGHT, "raises": "raise ValueError('no')"}
     try:
         return dict(zip(scripts, executor.under_asan(list(scripts.values())), strict=True))
     except executor.NoToolkit as error:
@@ -56,6 +56,5 @@ def test_planted_faults_are_caught(ends, bug, text):
     assert text in ends[bug].output and "faults.cuh:" in ends[bug].output
 
 
-def test_a_script_that_raises_is_no_success():
-    (end,) = executor.under_asan(["raise ValueError('no')"])
-    assert end.status == 1 and "ValueError: no" in end.output
+def test_a_script_that_raises_is_no_success(ends):
+    assert ends["raises"].status == 1 and "ValueError: no" in ends["raises"].output
