@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of every GPU kernel as JSON, one record a line in a list: ``python -m bench.kernels`` (``make kernels``)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from bench.kernels import records
+from bench.kernels.architectures import LIMITS
+from bench.kernels.counts import DTYPES, Case
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    try:
+        n, nnz, T = (int(part) for part in text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is n:nnz:T, got {text!r}") from None
+    return n, nnz, T
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels",
+        description="Static figures and counts of every GPU kernel, no GPU needed. Times are modelled, not measured.",
+    )
+    parser.add_argument("--arch", default="80", help="compute capabilities, comma-separated (default: 80)")
+    parser.add_argument("--all", action="store_true", help="every architecture of the library")
+    parser.add_argument("--device", help="a device of bench.roofline, instead of an architecture")
+    parser.add_argument("--shape", type=_shape, metavar="N:NNZ:T", help="one shape instead of the standard calls")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the features of --shape")
+    parser.add_argument("--output", help="file to write instead of standard output")
+    options = parser.parse_args(arguments)
+    try:
+        options.arches = sorted(LIMITS) if options.all else [int(a) for a in options.arch.split(",")]
+    except ValueError:
+        parser.error(f"--arch takes numbers like 80,90, got {options.arch!r}")
+    unknown = [a for a in options.arches if a not in LIMITS]
+    if unknown:
+        parser.error(f"unknown architecture {unknown[0]}: choose from {', '.join(map(str, LIMITS))}")
+    if options.device:
+        names = {device.name.lower(): device for device in records.DEVICES}
+        if options.device.lower() not in names:
+            parser.error(f"unknown device {options.device!r}: choose from {', '.join(d.name for d in records.DEVICES)}")
+        options.device = names[options.device.lower()]
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
+    cases: Sequence[Case] = records.STANDARD
+    if options.shape:
+        n, nnz, T = options.shape
+        cases = [Case(op, n, nnz, T, options.dtype) for op in ("forward", "transpose", "gradient")]
+    devices = [options.device] if options.device else [records.device_of(arch) for arch in options.arches]
+    found = []
+    for device in devices:
+        found += [*records.cuda(device, cases), *records.triton(device.arch, options.dtype)]
+    text = "[\n" + ",\n".join(json.dumps(record) for record in found) + "\n]\n"
+    if options.output:
+        with open(options.output, "w", encoding="utf-8") as file:
+            file.write(text)
+    else:
+        sys.stdout.write(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Modelled times of the sparse core's kernels, beside what the hardware allows and beside a dense product.
+
+``python -m bench.roofline`` prints tables, ``--json`` records, ``--dispatch`` where other kernels win. Counts come from
+running the real launches in the executor (``bench.kernels.counts``), rates from ``devices``, the rule that joins them
+from ``model``. Nothing here was measured on a device: every time is modelled. ``docs/kernels.md`` has the model.
+"""
