@@ -34,7 +34,7 @@
 //
 // What is chosen (rows of a group, positions, slots) minimises wavefronts and steps by a search of bounded effort: it
 // depends on the pattern alone, never on time, threads or machine. Integers only.
-// Memory     about 4 bytes an entry beyond the result, and 8 bytes a cell.
+// Memory     about 12 bytes an entry beyond the result while it is built, and 8 bytes a cell.
 // Needs      columns <= 65535, block a multiple of 128 and <= 4096, nnz + rows < 2^31, G B <= 2^24.
 #pragma once
 #include <cstdint>
