@@ -4,10 +4,13 @@
 #   make demo    fine-tune a real model on real text (sets up what it needs)
 #   make test    every test: once plain, once with the Triton kernels in Triton's interpreter (sets up what it needs)
 #   make bench   the benchmark suites
+#   make kernels    figures of every GPU kernel, counted and modelled without a GPU, as JSON
+#   make bench-gpu  on a machine with a GPU: every test, measurement and check, one report file to send back
 #   make lint    ruff, mypy, clang-format
 #   make clean   remove build outputs (not .venv)
 #
-# Variables: PYTHON (the interpreter of .venv), TORCH (the torch to install), TEST_ARGS, DEMO_ARGS, BENCH_ARGS.
+# Variables: PYTHON (the interpreter of .venv), TORCH (the torch to install), TEST_ARGS, DEMO_ARGS, BENCH_ARGS,
+# KERNELS_ARGS, GPU_ARGS.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -20,7 +23,7 @@ NATIVE := $(shell find csrc cmake -type f 2>/dev/null) CMakeLists.txt setup.py b
 CXX_FILES := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
 TRITON_TESTS := $(shell find tests -name 'test_triton*.py' 2>/dev/null)
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup simt demo test bench kernels bench-gpu lint clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.native $(VENV)/.installed
@@ -49,11 +52,15 @@ $(VENV)/.installed: $(VENV)/.deps | $(VENV)/.native
 	@$(BIN)/python -m frodkernels --build
 	@touch $@
 
+# The executor: CUDA kernels compiled for the CPU, for tests. Without a CUDA toolkit it says so, and its tests skip.
+simt: setup
+	@$(BIN)/python tests/simt/executor.py
+
 demo: setup
 	$(BIN)/python examples/finetune.py $(DEMO_ARGS)
 
 # Two runs: Triton reads TRITON_INTERPRET when it is imported. Both run even if the first fails; either failure counts.
-test: setup
+test: setup simt
 	@status=0; \
 	if [ -n "$(TRITON_TESTS)" ]; then \
 	  echo "== Triton kernels in Triton's interpreter"; \
@@ -65,6 +72,12 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+kernels: setup simt
+	@$(BIN)/python -m bench.kernels $(KERNELS_ARGS)
+
+bench-gpu: setup
+	$(BIN)/python -m bench.gpu $(GPU_ARGS)
 
 # All four, so that one run shows everything there is to mend.
 lint: setup

@@ -19,7 +19,7 @@ constexpr int kFeatureBytes = kTokens * 2;       // of one feature in a buffer
 constexpr int kChunks = kTokens / 8;             // 16-byte chunks of a feature
 constexpr int kBlockUnit = 128;                  // a block is a multiple of it
 constexpr unsigned kNoFeature = 65535;           // an unused position of a block
-constexpr int kPositionBits = 12;                // of a meta word; then two bits each of p1 and p2
+constexpr unsigned kUnitMask = 0x3fff;           // of a word: csrc/tiles/words.h
 constexpr int kStepOctets = 4, kStepSlots = 32;  // a step gathers 4 octets of features
 
 __device__ __forceinline__ int chunk_offset(int position, int chunk) {
@@ -70,9 +70,6 @@ __device__ __forceinline__ void copy_block(char* buffer, const uint16_t* order, 
   }
 }
 
-// The 16-bit word of a step in a pair of steps; bits above it are another step's.
-__device__ __forceinline__ unsigned word_of(uint32_t pair, int step) { return pair >> (step & 1) * 16; }
-
 // Keeps the compiler from computing what follows from x once for all rounds of a loop and holding it in registers.
 __device__ __forceinline__ void recompute(uint32_t& x) {
 #if !defined(SIMT_EMU)
@@ -80,19 +77,10 @@ __device__ __forceinline__ void recompute(uint32_t& x) {
 #endif
 }
 
-// The features of one step: lane l gathers the feature at `position`; x[c][j] is octet j of them, chunk c.
-template <bool kTranspose>
-__device__ __forceinline__ void gather(uint32_t (&x)[kChunks][kStepOctets], const char* buffer, int position) {
-  const int first = chunk_offset(position, 0);
-#pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const char* row = buffer + (first ^ c * 16);
-    if constexpr (kTranspose) {
-      ptx::ldmatrix_x4_trans(x[c], row);
-    } else {
-      ptx::ldmatrix_x4(x[c], row);
-    }
-  }
+// Where a lane's features of a step begin: offset[h] for the slot of octet 2h or 2h + 1 that the word names.
+__device__ __forceinline__ void feature_offsets(int (&offset)[2], uint32_t word) {
+  offset[0] = static_cast<int>(word << 4 & kUnitMask << 4);
+  offset[1] = static_cast<int>(word >> 10 & kUnitMask << 4);
 }
 
 // The feature of slot k of a compressed view.

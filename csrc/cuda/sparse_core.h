@@ -38,7 +38,7 @@ struct Tiles {
   const int32_t* row_order = nullptr;       // [groups, 8], -1 where a group has fewer rows
   const uint16_t* feature_order = nullptr;  // [blocks, block]
   const int32_t* step_ptr = nullptr;        // [blocks, groups + 1]
-  const uint32_t* meta = nullptr;           // [steps / 2, 32] pairs of 16-bit words: even step, odd step
+  const uint32_t* words = nullptr;          // [steps, 32]: see words.h
   const int32_t* source = nullptr;          // [steps, 32, 2]
   const int32_t* jobs = nullptr;            // [jobs, 4]
   const int32_t* job_ptr = nullptr;         // [blocks + 1]
@@ -64,7 +64,10 @@ struct Gradient {
 };
 
 // Fused multiply-add kernels: every dtype, every T, every pattern. float64 is summed in float64, all else in float32.
-const char* product_fma(const Product& a, CUstream_st* stream);
+// `scratch` is null or holds product_fma_scratch(a) bytes, aligned to 32 (0: none would be used); with it, features
+// pass through shared memory. Whether there is scratch decides the kernel, and so the order of the sums.
+int64_t product_fma_scratch(const Product& a);
+const char* product_fma(const Product& a, void* scratch, CUstream_st* stream);
 // Bytes of scratch that gradient_fma needs on the current device.
 int64_t gradient_fma_scratch(const Gradient& a);
 const char* gradient_fma(const Gradient& a, void* scratch, CUstream_st* stream);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 
+#include "cuda/sparse_core.h"
 #include "cuda/sparse_core_fma.cuh"
-#include "cuda/sparse_core_fma.h"
 #include "cuda/sparse_core_fma_plan.h"
 
 namespace frodkernels::cuda {
@@ -104,7 +104,5 @@ const char* product_fma(const Product& a, void* scratch, CUstream_st* stream) {
   }
   return gpu::launch_error();
 }
-
-const char* product_fma(const Product& a, CUstream_st* stream) { return product_fma(a, nullptr, stream); }
 
 }  // namespace frodkernels::cuda

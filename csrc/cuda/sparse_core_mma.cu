@@ -46,9 +46,10 @@ int row_blocks(const Tiles& tiles, int64_t token_tiles, int64_t sms) {
 template <typename scalar_t>
 const char* run_product(const Product& a, const Tiles& tiles, void* scratch, CUstream_st* stream) {
   PackedHeader* header = static_cast<PackedHeader*>(scratch);
-  scalar_t* packed = reinterpret_cast<scalar_t*>(static_cast<char*>(scratch) + kHeaderBytes);
-  const PackArgs pack{tiles.source, a.values, a.lam, a.view.nnz, a.view.rows, tiles.steps * 2 * kStepSlots};
-  const unsigned pack_blocks = static_cast<unsigned>((pack.words / 4 + kPackThreads - 1) / kPackThreads);
+  uint2* packed = reinterpret_cast<uint2*>(static_cast<char*>(scratch) + kHeaderBytes);
+  const PackArgs pack{tiles.source, tiles.words, a.values, a.lam, a.view.nnz, a.view.rows, tiles.steps * kStepSlots};
+  const unsigned pack_blocks =
+      static_cast<unsigned>((pack.lanes + kStepsAhead * kStepSlots + kPackThreads - 1) / kPackThreads);
   constexpr bool kScaled = std::is_same<scalar_t, __half>::value;
   if (kScaled) SIMT_LAUNCH(largest_parameter_kernel, kScaleBlocks, kPackThreads, 0, stream, pack, header);
   SIMT_LAUNCH((pack_kernel<scalar_t, kScaled>), pack_blocks, kPackThreads, 0, stream, pack, header, packed);
@@ -59,7 +60,7 @@ const char* run_product(const Product& a, const Tiles& tiles, void* scratch, CUs
   p.a = a;
   p.tiles = tiles;
   p.header = header;
-  p.packed = reinterpret_cast<const uint32_t*>(packed);
+  p.packed = packed;
   p.row_blocks = row_blocks(tiles, token_tiles, device.sms);
   p.items = static_cast<int>(token_tiles * p.row_blocks);
   p.item_groups = static_cast<int>((tiles.groups + p.row_blocks - 1) / p.row_blocks);
@@ -146,7 +147,9 @@ int64_t tile_block(int64_t columns) {
   return (each + kBlockUnit - 1) / kBlockUnit * kBlockUnit;
 }
 
-int64_t packed_bytes(const Tiles& tiles) { return kHeaderBytes + tiles.steps * kStepSlots * 4; }
+int64_t packed_bytes(const Tiles& tiles) {
+  return kHeaderBytes + (tiles.steps + kStepsAhead) * kStepSlots * int64_t(sizeof(uint2));
+}
 
 const char* product_mma(const Product& a, const Tiles& tiles, void* packed, CUstream_st* stream) {
   if (a.T == 0 || a.view.rows == 0) return nullptr;

@@ -9,8 +9,8 @@
 //          two that puts the largest near the top of half's range); sums are fp32, rounded once.
 // Method   A thread block keeps kTokens tokens of one feature block in shared memory and walks all feature blocks, two
 //          buffers deep; each warp holds up to kGroups groups of 8 rows in accumulators. For a step of 32 entries of a
-//          group, ldmatrix gathers 32 features (each lane names one) and transposes them into A fragments; the B
-//          fragments are built in registers from two values a lane, 6 bytes a lane and step in all.
+//          group, ldmatrix gathers 32 features (each lane names two) and transposes them into A fragments; the B
+//          fragments are built in registers from two values a lane, 8 bytes a lane and step in all.
 // Grid     persistent: every block takes items (token tile, row block) in turn, row blocks of a tile side by side so
 //          that they share it in L2. 512 threads. No atomics, fixed order: two runs give the same bits.
 // Infinity and NaN: a gathered feature meets the zeros of the other seven rows in the tensor core, where inf * 0 is
@@ -31,18 +31,29 @@ constexpr int kProductGroups = 8;               // groups of 8 rows a warp holds
 constexpr int kStageBytes = 8 * kFeatureBytes;  // a group's results on their way out, per warp
 constexpr int kPackThreads = 256, kScaleBlocks = 64;
 
-// Scratch of a call: one header, then the packed values, 128 bytes a step.
+// Scratch of a call: one header, then the packed steps: for each lane its two values and its word, 8 bytes.
 struct PackedHeader {
   float inverse_scale;
   float unused[3];
   float largest[kScaleBlocks];  // finite magnitudes, one per block
 };
 constexpr int64_t kHeaderBytes = 512;
+constexpr int kStepsAhead = 2;  // steps that are asked for early, beyond the last too
+
+template <typename scalar_t>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+    return same_bits<uint32_t>(__floats2half2_rn(low, high));
+  } else {
+    return same_bits<uint32_t>(__floats2bfloat162_rn(low, high));
+  }
+}
 
 struct PackArgs {
-  const int32_t* source;  // [words]
+  const int32_t* source;  // [lanes, 2]
+  const uint32_t* words;  // [lanes]
   Vector values, lam;
-  int64_t nnz, rows, words;
+  int64_t nnz, rows, lanes;  // of all steps
 };
 
 // largest[b] = the largest finite |parameter| that block b sees. Only half needs it.
@@ -71,9 +82,10 @@ __device__ __forceinline__ float scale_for(float largest) {
   return ldexpf(1.0f, exponent > 100 ? 100 : exponent < -100 ? -100 : exponent);
 }
 
-// packed[w] = parameter source[w], scaled and rounded to scalar_t; zero where there is none.
+// packed[l] = {parameters source[l][0] and source[l][1], scaled and rounded to scalar_t, zero where there is none;
+// word}.
 template <typename scalar_t, bool kScaled>
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(PackArgs a, PackedHeader* header, scalar_t* packed) {
+__global__ void __launch_bounds__(kPackThreads) pack_kernel(PackArgs a, PackedHeader* header, uint2* packed) {
   float scale = 1;
   if constexpr (kScaled) {
     float largest = 0;
@@ -81,28 +93,28 @@ __global__ void __launch_bounds__(kPackThreads) pack_kernel(PackArgs a, PackedHe
     scale = scale_for(largest);
   }
   if (blockIdx.x == 0 && threadIdx.x == 0) header->inverse_scale = 1 / scale;
-  const int64_t w = (int64_t(blockIdx.x) * kPackThreads + threadIdx.x) * 4;
-  if (w >= a.words) return;
-  const uint4 sources = gpu::load<uint4>(a.source + w);
-  const uint32_t source[4] = {sources.x, sources.y, sources.z, sources.w};
-  uint32_t bits[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int32_t k = static_cast<int32_t>(source[i]);
-    float v = 0;
-    if (k >= 0 && k < a.nnz) v = read_scalar<float>(a.values, k);
-    if (k >= a.nnz && a.lam.data != nullptr) v = read_scalar<float>(a.lam, k - a.nnz);
-    bits[i] = same_bits<uint16_t>(rounded<scalar_t>(v * scale));
+  const int64_t l = int64_t(blockIdx.x) * kPackThreads + threadIdx.x;
+  if (l >= a.lanes) {  // the steps that are read ahead and not used
+    if (l < a.lanes + kStepsAhead * kStepSlots) gpu::store(packed + l, make_uint2(0, 0));
+    return;
   }
-  gpu::store(packed + w, make_uint2(bits[0] | bits[1] << 16, bits[2] | bits[3] << 16));
+  const uint2 sources = gpu::load<uint2>(a.source + l * 2);
+  const int32_t source[2] = {static_cast<int32_t>(sources.x), static_cast<int32_t>(sources.y)};
+  float v[2] = {0, 0};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (source[i] >= 0 && source[i] < a.nnz) v[i] = read_scalar<float>(a.values, source[i]);
+    if (source[i] >= a.nnz && a.lam.data != nullptr) v[i] = read_scalar<float>(a.lam, source[i] - a.nnz);
+  }
+  gpu::store(packed + l, make_uint2(rounded_pair<scalar_t>(v[0] * scale, v[1] * scale), a.words[l]));
 }
 
 struct ProductMma {
   Product a;
   Tiles tiles;
   const PackedHeader* header;
-  const uint32_t* packed;  // [steps, 32]
-  int items;               // token tiles * row_blocks
+  const uint2* packed;  // [steps, 32]
+  int items;            // token tiles * row_blocks
   int row_blocks, item_groups, blocks;
   bool in_aligned, out_aligned;
 };
@@ -125,24 +137,15 @@ __device__ __forceinline__ void exact_group(const ProductMma& p, int64_t group, 
 }
 
 // B fragments of a step: lane (q, n) holds `low` at k = 2q of octet p1, `high` at k = 2q + 1 of octet p2, else zeros.
-__device__ __forceinline__ void value_fragments(uint32_t (&b)[kStepOctets], uint32_t values, unsigned meta) {
-  const uint64_t low = static_cast<uint64_t>(values & 0xffffu) << (meta >> 8 & 48);  // 16 bits for each octet
-  const uint64_t high = static_cast<uint64_t>(values >> 16) << (meta >> 10 & 48);
+__device__ __forceinline__ void value_fragments(uint32_t (&b)[kStepOctets], uint32_t values, uint32_t word) {
+  const uint64_t low = static_cast<uint64_t>(values & 0xffffu) << (word >> 24 & 48);  // 16 bits for each octet
+  const uint64_t high = static_cast<uint64_t>(values >> 16) << (word >> 26 & 48);
   const uint32_t l0 = static_cast<uint32_t>(low), l1 = static_cast<uint32_t>(low >> 32);
   const uint32_t h0 = static_cast<uint32_t>(high), h1 = static_cast<uint32_t>(high >> 32);
   b[0] = __byte_perm(l0, h0, 0x5410);
   b[1] = __byte_perm(l0, h0, 0x7632);
   b[2] = __byte_perm(l1, h1, 0x5410);
   b[3] = __byte_perm(l1, h1, 0x7632);
-}
-
-template <typename scalar_t>
-__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
-  if constexpr (std::is_same_v<scalar_t, __half>) {
-    return same_bits<uint32_t>(__floats2half2_rn(low, high));
-  } else {
-    return same_bits<uint32_t>(__floats2bfloat162_rn(low, high));
-  }
 }
 
 // A group's results from accumulators (token, row pairs) to rows of 8 tokens a lane, through the warp's own 512 bytes.
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_mma_kernel(const P
   char* orders = shared + 2 * buffer_bytes + kProductWarps * kStageBytes;  // two feature orders
   const Stages stages{p};
   const Source16 in{static_cast<const uint16_t*>(p.a.in), p.a.T, p.a.in_stride, p.in_aligned};
-  const int last = static_cast<int>(p.tiles.steps) - 1;
+  const int half = (lane >> 3 & 1) * 16;
 
   auto copy_order = [&](int stage) {
     if (static_cast<int>(threadIdx.x) >= block / 8 || !stages.exists(stage)) return;
@@ -241,17 +244,14 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_mma_kernel(const P
   copy_order(2);
   ptx::cp_async_commit();
 
-  // The words of the steps to come, asked for two steps ahead: they come from L2. Steps are counted from the first of
-  // their pair: `pair[0]` has the current step's.
-  uint32_t value[2], pair[2];
-  auto fetch_value = [&](int i, int step) { value[i] = p.packed[min(step, last) * 32 + lane]; };
-  auto fetch_pair = [&](int i, int step) { pair[i] = p.tiles.meta[min(step, last) / 2 * 32 + lane]; };
+  // The steps to come, asked for two ahead: they come from L2. What is read beyond a warp's last step is not used.
+  const uint2* ahead = nullptr;
+  uint2 packed[2];
   auto fetch_first = [&] {
-    const int first = __shfl_sync(0xffffffffu, steps, 0);
-    fetch_value(0, first);
-    fetch_value(1, first + 1);
-    fetch_pair(0, first);
-    fetch_pair(1, first + 2);
+    ahead = p.packed + int64_t(__shfl_sync(0xffffffffu, steps, 0)) * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) packed[i] = gpu::load<uint2>(ahead + i * 32);
+    ahead += 64;
   };
   fetch_first();
 
@@ -271,23 +271,22 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_mma_kernel(const P
     for (int o = 0; o < kProductGroups; ++o) {
       const int end = __shfl_sync(0xffffffffu, steps, o + 1);
       for (; s < end; ++s) {
-        const uint32_t now_value = value[0];
-        const unsigned now = word_of(pair[0], s);
-        value[0] = value[1];
-        fetch_value(1, s + 2);
-        if (s & 1) {
-          pair[0] = pair[1];
-          fetch_pair(1, s + 3);
-        }
-        uint32_t x[kChunks][kStepOctets], b[kStepOctets];
-        gather<true>(x, buffer, now & ((1 << kPositionBits) - 1));
-        value_fragments(b, now_value, now);
+        const uint2 now = packed[0];
+        packed[0] = packed[1];
+        packed[1] = gpu::load<uint2>(ahead);
+        ahead += 32;
+        int offset[2];
+        feature_offsets(offset, now.y);
+        uint32_t b[kStepOctets];
+        value_fragments(b, now.x, now.y);
+        // Lanes 8 .. 15 and 24 .. 31 name the second 8 of 16 tokens: the four matrices are a fragment as it is.
 #pragma unroll
-        for (int h = 0; h < kStepOctets; h += 2) {
-          const uint32_t values[2] = {b[h], b[h + 1]};
+        for (int h = 0; h < 2; ++h) {
+          const uint32_t values[2] = {b[2 * h], b[2 * h + 1]};
 #pragma unroll
           for (int m = 0; m < 2; ++m) {
-            const uint32_t features[4] = {x[2 * m][h], x[2 * m + 1][h], x[2 * m][h + 1], x[2 * m + 1][h + 1]};
+            uint32_t features[4];
+            ptx::ldmatrix_x4_trans(features, buffer + (offset[h] ^ half ^ m * 32));
             ptx::mma_m16n8k16<scalar_t>(acc[o][m], features, values);
           }
         }

@@ -34,10 +34,9 @@ struct GradientMma {
 
 template <typename scalar_t, int kJobs, int kJobSteps>
 __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const GradientMma p) {
-  static_assert(kJobs * kJobSteps % 2 == 0, "positions are kept in pairs");
   SIMT_DYN_SHARED(char, shared);
   constexpr int kChunkJobs = kGradientWarps * kJobs;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, q = lane & 3, g = lane >> 2;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, q = lane & 3, g = lane >> 2, half = (lane >> 4) * 16;
 
   // The chunk: jobs [first, end) of feature block b.
   int b = 0, first = 0, end = 0, chunk = static_cast<int>(blockIdx.x);
@@ -67,9 +66,9 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
   };
   uint32_t z_row[kJobs];
   unsigned counts = 0;  // steps of the jobs, four bits each
-  uint32_t positions[kJobs * kJobSteps / 2];
-#pragma unroll
-  for (int i = 0; i < kJobs * kJobSteps / 2; ++i) positions[i] = 0;
+  // The word of the lane that names the slot whose row this lane reads: octet 2h + (lane >> 3 & 1), k = lane & 7.
+  uint32_t words[kJobs][kJobSteps];
+  const int named = (lane >> 3 & 1) * 16 + (lane & 7);
 #pragma unroll
   for (int i = 0; i < kJobs; ++i) {
     const uint4 job = job_record(i);
@@ -77,10 +76,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
     z_row[i] = job.y == 0 ? kNoRow : p.tiles.row_order[job.z * 8 + (lane >> 2)];
 #pragma unroll
     for (int e = 0; e < kJobSteps; ++e) {
-      if (e >= static_cast<int>(job.y)) continue;
-      const int step = static_cast<int>(job.x) + e;
-      const unsigned meta = word_of(p.tiles.meta[step / 2 * 32 + lane], step);
-      positions[(i * kJobSteps + e) / 2] |= (meta & ((1 << kPositionBits) - 1)) << (i * kJobSteps + e) % 2 * 16;
+      const bool there = e < static_cast<int>(job.y);
+      words[i][e] = there ? p.tiles.words[(static_cast<int>(job.x) + e) * 32 + named] : 0;
     }
   }
   auto has_step = [&](int i, int e) { return static_cast<int>(counts >> 4 * i & 15) > e; };
@@ -131,15 +128,17 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
 #pragma unroll
       for (int e = 0; e < kJobSteps; ++e) {
         if (!has_step(i, e)) continue;
-        uint32_t x[kChunks][kStepOctets];
-        recompute(positions[(i * kJobSteps + e) / 2]);
-        gather<false>(x, buffer, positions[(i * kJobSteps + e) / 2] >> (i * kJobSteps + e) % 2 * 16 & 0xffffu);
+        recompute(words[i][e]);
+        int offset[2];
+        feature_offsets(offset, words[i][e]);
+        // Lanes 16 .. 31 name the second 8 of 16 tokens: the four matrices are a fragment as it is.
 #pragma unroll
         for (int m = 0; m < kChunks; m += 2) {
           const uint32_t depth[2] = {rows[i][m], rows[i][m + 1]};
 #pragma unroll
           for (int h = 0; h < 2; ++h) {
-            const uint32_t entries[4] = {x[m][2 * h], x[m][2 * h + 1], x[m + 1][2 * h], x[m + 1][2 * h + 1]};
+            uint32_t entries[4];
+            ptx::ldmatrix_x4(entries, buffer + (offset[h] ^ half ^ m * 16));
             ptx::mma_m16n8k16<scalar_t>(acc[i][e][h], entries, depth);
           }
         }
@@ -163,15 +162,15 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
       if (!has_step(i, e)) continue;
 #pragma unroll
       for (int j = 0; j < kStepOctets; ++j) {
-        const float* pair = acc[i][e][j / 2] + j % 2 * 2;
-        gpu::store(sums + (j * 8 + g) * 8 + 2 * q, make_float2(pair[0], pair[1]));
+        const float* two = acc[i][e][j / 2] + j % 2 * 2;
+        gpu::store(sums + (j * 8 + g) * 8 + 2 * q, make_float2(two[0], two[1]));
       }
       __syncwarp();
       const int step = first_step + e;
-      const unsigned meta = word_of(p.tiles.meta[step / 2 * 32 + lane], step);
-      const int p1 = meta >> kPositionBits & 3, p2 = meta >> (kPositionBits + 2) & 3;
-      const float2 word = make_float2(sums[(p1 * 8 + 2 * q) * 8 + g], sums[(p2 * 8 + 2 * q + 1) * 8 + g]);
-      gpu::store(p.partial + (blockIdx.y * p.tiles.steps + step) * 64 + lane * 2, word);
+      const uint32_t word = p.tiles.words[step * 32 + lane];
+      const int p1 = word >> 28 & 3, p2 = word >> 30;
+      const float2 pair = make_float2(sums[(p1 * 8 + 2 * q) * 8 + g], sums[(p2 * 8 + 2 * q + 1) * 8 + g]);
+      gpu::store(p.partial + (blockIdx.y * p.tiles.steps + step) * 64 + lane * 2, pair);
       __syncwarp();
     }
   }

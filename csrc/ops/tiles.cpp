@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../tiles/jobs.h"
+#include "../tiles/words.h"
 
 namespace frodkernels::ops {
 namespace {
@@ -38,18 +39,15 @@ Tensor tensor_of(std::vector<T>& data, const Tensor& like, std::vector<int64_t> 
   return out;
 }
 
-// The words of two steps side by side: a lane reads both with one 32-bit load.
-std::vector<uint16_t> in_pairs(const std::vector<uint16_t>& meta, int64_t steps) {
-  std::vector<uint16_t> out(size_t((steps + 1) / 2) * tiles::kLanes * 2);
-  for (int64_t s = 0; s < steps; ++s) {
-    for (int64_t l = 0; l < tiles::kLanes; ++l)
-      out[(s / 2 * tiles::kLanes + l) * 2 + s % 2] = meta[s * tiles::kLanes + l];
-  }
+// What the kernels read of a step, one 32-bit word a lane: see csrc/tiles/words.h.
+std::vector<int32_t> words_of(const std::vector<uint16_t>& meta, int64_t steps) {
+  std::vector<int32_t> out(size_t(steps) * tiles::kLanes);
+  for (int64_t s = 0; s < steps; ++s)
+    tiles::lane_words(meta.data() + s * tiles::kLanes, out.data() + s * tiles::kLanes);
   return out;
 }
 
-// meta is [steps / 2, 32, 2] here, rounded up; else as the headers have it.
-// [row_order, feature_order, step_ptr, meta, source, jobs, job_ptr]: see csrc/tiles/tiles.h, jobs.h.
+// [row_order, feature_order, step_ptr, words, source, jobs, job_ptr]: see csrc/tiles/tiles.h, words.h, jobs.h.
 std::vector<Tensor> native_tiles(const Tensor& indptr, const Tensor& indices, const Tensor& perm, int64_t columns,
                                  bool diagonal, int64_t block) {
   const Tensor ptr = checked(indptr, "indptr"), index = checked(indices, "indices"), order = checked(perm, "perm");
@@ -76,11 +74,11 @@ std::vector<Tensor> native_tiles(const Tensor& indptr, const Tensor& indices, co
   const int64_t groups = made.groups, blocks = made.blocks, steps = made.steps;
   tiles::Jobs jobs = tiles::build_jobs(made.step_ptr.data(), groups, blocks);
   const int64_t count = int64_t(jobs.jobs.size()) / 4;
-  std::vector<uint16_t> meta = in_pairs(made.meta, steps);
+  std::vector<int32_t> words = words_of(made.meta, steps);
   return {tensor_of(made.row_order, ptr, {groups, tiles::kRows}, ScalarType::Int),
           tensor_of(made.feature_order, ptr, {blocks, block}, ScalarType::UInt16),
           tensor_of(made.step_ptr, ptr, {blocks, groups + 1}, ScalarType::Int),
-          tensor_of(meta, ptr, {(steps + 1) / 2, tiles::kLanes, 2}, ScalarType::UInt16),
+          tensor_of(words, ptr, {steps, tiles::kLanes}, ScalarType::Int),
           tensor_of(made.source, ptr, {steps, tiles::kLanes, 2}, ScalarType::Int),
           tensor_of(jobs.jobs, ptr, {count, 4}, ScalarType::Int),
           tensor_of(jobs.job_ptr, ptr, {blocks + 1}, ScalarType::Int)};

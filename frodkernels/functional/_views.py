@@ -18,6 +18,7 @@ from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
 
 _TILED = (torch.bfloat16, torch.float16)
+_TILED_DENSITY = 0.2  # a denser pattern takes long to cut and gains nothing over a dense product
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def prepare(pattern: SparsePattern) -> None:
 
 def _tiles(pattern: SparsePattern, transpose: bool) -> tuple[Tensor, ...]:
     block = _block(pattern.device, pattern.shape[0 if transpose else 1])
-    if block == 0:
+    if block == 0 or pattern.density > _TILED_DENSITY:
         return ()
     if torch.compiler.is_compiling():  # building them cannot be traced: prepare() or an eager call has done it
         return pattern.ready_tiles(transpose, block)

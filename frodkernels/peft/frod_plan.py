@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from frodkernels.functional._views import prepare
 from frodkernels.nn.eval_cache import version
 from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.pattern import SparsePattern
@@ -32,7 +33,9 @@ class Plan:
 
     def moved(self, device: torch.device) -> Plan:
         """The same plan with its pattern on ``device``."""
-        return replace(self, pattern=self.pattern.to(device))
+        pattern = self.pattern.to(device)
+        prepare(pattern)
+        return replace(self, pattern=pattern)
 
     def describes(self, indices: Tensor) -> bool:
         """Made from a tensor of the same content: the model has been moved."""
@@ -117,6 +120,7 @@ def plan_adapter(layer: Any, adapter: str, name: str, earlier: Plan | None = Non
             pattern = earlier.pattern.to(indices.device)
         else:
             pattern = check_indices(indices, n, where("frod_s_indices"))
+        prepare(pattern)
         _PLANS[indices] = (version(indices), pattern)
     check_floats(layer.frod_lambda_s_values[adapter], (pattern.nnz,), where("frod_lambda_s_values"))
     return Plan(indices, version(indices), pattern)

@@ -18,10 +18,19 @@ def features_by_position(feature_order: Tensor) -> Tensor:
     return torch.where(at == NO_FEATURE, -1, at)
 
 
-def by_step(meta: Tensor, source: Tensor) -> Tensor:
-    """[steps, 32]: the words of each step, from the pairs of steps that the op stores side by side."""
-    assert meta.shape == ((source.shape[0] + 1) // 2, LANES, 2)
-    return meta.permute(0, 2, 1).reshape(-1, LANES)[: source.shape[0]]
+def by_step(words: Tensor, source: Tensor) -> Tensor:
+    """[steps, 32]: the builder's 16-bit meta of each step, from the words that the kernels read (csrc/tiles/words.h).
+
+    Raises AssertionError where two lanes disagree on a slot, or a unit is not where a feature begins.
+    """
+    assert words.shape == (source.shape[0], LANES) and words.dtype == torch.int32
+    words = words.to(torch.int64) & 0xFFFFFFFF
+    units = torch.stack([words & 0x3FFF, (words >> 14) & 0x3FFF])  # [2, steps, lanes]
+    position = units // 4
+    assert torch.equal(units, position * 4 + (position // 2) % 4)
+    by_slot = position.reshape(2, -1, 2, 2, SLOTS)  # [half, steps, octet in the half, copy, slot]
+    assert torch.equal(by_slot[:, :, :, 0], by_slot[:, :, :, 1])
+    return by_slot[:, :, :, 0].permute(1, 0, 2, 3).reshape(-1, LANES) | (words >> 28) << 12
 
 
 def cells_of_steps(step_ptr: Tensor) -> tuple[Tensor, Tensor]:
@@ -108,7 +117,7 @@ def check_tiles(tiles: tuple[Tensor, ...], view: tuple[Tensor, ...], columns: in
     meta = by_step(meta, source)
     groups, blocks = -(-rows // ROWS), -(-columns // block)
     steps = meta.shape[0]
-    assert [t.dtype for t in tiles[:5]] == [torch.int32, torch.uint16, torch.int32, torch.uint16, torch.int32]
+    assert [t.dtype for t in tiles[:5]] == [torch.int32, torch.uint16, torch.int32, torch.int32, torch.int32]
     assert row_order.shape == (groups, ROWS) and feature_order.shape == (blocks, block)
     assert step_ptr.shape == (blocks, groups + 1) and meta.shape == (steps, LANES)
     assert source.shape == (steps, LANES, 2)

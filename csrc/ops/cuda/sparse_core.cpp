@@ -89,7 +89,7 @@ struct View {
       int64_t dim;
     };
     static constexpr Part kParts[] = {{"row_order", ScalarType::Int, 2}, {"feature_order", ScalarType::UInt16, 2},
-                                      {"step_ptr", ScalarType::Int, 2},  {"meta", ScalarType::UInt16, 3},
+                                      {"step_ptr", ScalarType::Int, 2},  {"words", ScalarType::Int, 2},
                                       {"source", ScalarType::Int, 3},    {"jobs", ScalarType::Int, 2},
                                       {"job_ptr", ScalarType::Int, 1}};
     STD_TORCH_CHECK(tiles.size() == std::size(kParts), "tiles must be 7 tensors, got ", tiles.size());
@@ -107,15 +107,14 @@ struct View {
     tiled.job_count = tiles[5].size(0);
     STD_TORCH_CHECK(tiled.groups == (compressed.rows + 7) / 8 && tiles[0].size(1) == 8 &&
                         tiles[2].size(0) == tiled.blocks && tiles[2].size(1) == tiled.groups + 1 &&
-                        tiles[3].size(0) == (tiled.steps + 1) / 2 && tiles[3].size(1) == 32 && tiles[3].size(2) == 2 &&
-                        tiles[4].size(1) == 32 && tiles[4].size(2) == 2 && tiles[5].size(1) == 4 &&
-                        tiles[6].size(0) == tiled.blocks + 1 && tiled.blocks * tiled.block >= compressed.columns &&
-                        tiled.block % 128 == 0,
+                        tiles[3].size(0) == tiled.steps && tiles[3].size(1) == 32 && tiles[4].size(1) == 32 &&
+                        tiles[4].size(2) == 2 && tiles[5].size(1) == 4 && tiles[6].size(0) == tiled.blocks + 1 &&
+                        tiled.blocks * tiled.block >= compressed.columns && tiled.block % 128 == 0,
                     "tiles do not fit the plan");
     tiled.row_order = static_cast<const int32_t*>(tiles[0].const_data_ptr());
     tiled.feature_order = static_cast<const uint16_t*>(tiles[1].const_data_ptr());
     tiled.step_ptr = static_cast<const int32_t*>(tiles[2].const_data_ptr());
-    tiled.meta = static_cast<const uint32_t*>(tiles[3].const_data_ptr());
+    tiled.words = static_cast<const uint32_t*>(tiles[3].const_data_ptr());
     tiled.source = static_cast<const int32_t*>(tiles[4].const_data_ptr());
     tiled.jobs = static_cast<const int32_t*>(tiles[5].const_data_ptr());
     tiled.job_ptr = static_cast<const int32_t*>(tiles[6].const_data_ptr());
@@ -182,7 +181,8 @@ Tensor product(const Tensor& in, const Parameters& parameters, const View& view,
       Tensor packed = scratch(in, cuda::packed_bytes(view.tiled));
       check_launch(cuda::product_mma(a, view.tiled, packed.mutable_data_ptr(), stream), op);
     } else {
-      check_launch(cuda::product_fma(a, stream), op);
+      Tensor entries = scratch(in, cuda::product_fma_scratch(a));
+      check_launch(cuda::product_fma(a, entries.numel() > 0 ? entries.mutable_data_ptr() : nullptr, stream), op);
     }
   }
   if (!token_major) return out;
