@@ -29,6 +29,7 @@ from typing import TypeVar
 from tests.simt import coverage
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = ROOT / "frodkernels" / "_C.abi3.so"
 RESERVED = 1024  # cubins of sm_90 and later list the driver's own shared memory too
 
 TENSOR = re.compile(r"(H|I|B|D|Q|O|HG|IG|QG|UTCH|UTCQ|UTCI|UTC\w*)MMA\b")
@@ -224,11 +225,10 @@ def read(path: Path) -> list[Kernel]:
 @functools.cache
 def library() -> list[Kernel]:
     """The kernels of the built library. Reading it takes many seconds, so the result is kept in build/kernels."""
-    path = ROOT / "frodkernels" / "_C.abi3.so"
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is not built: make setup")
-    key = hashlib.sha256(path.read_bytes() + Path(__file__).read_bytes()).hexdigest()
-    return cached("static", key, lambda: read(path))
+    if not LIBRARY.exists():
+        raise FileNotFoundError(f"{LIBRARY} is not built: make setup")
+    key = hashlib.sha256(LIBRARY.read_bytes() + Path(__file__).read_bytes()).hexdigest()
+    return cached("static", key, lambda: read(LIBRARY))
 
 
 Result = TypeVar("Result")

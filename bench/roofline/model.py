@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from bench.kernels import counts, static
+from bench.kernels import architectures, counts, patterns, static
 from bench.kernels.architectures import occupancy
 from bench.kernels.counts import FIRST, Case, Counts
 from bench.roofline.devices import LATENCY, LAUNCH_GAP, MMA_FLOP, SCHEDULERS, SECTOR, Device
@@ -85,10 +85,11 @@ def compiled(function: str, arch: int, scalar: str) -> static.Kernel:
 
 @cache
 def _sources() -> str:
-    """A hash of all that counts depend on."""
-    paths = [p for folder in ("csrc", "bench/kernels") for p in sorted((ROOT / folder).rglob("*")) if p.is_file()]
-    texts = [p.read_bytes() for p in paths if p.suffix in (".cuh", ".cu", ".cpp", ".h", ".py")]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+    """A hash of all that works depend on besides case and device."""
+    csrc = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cuh", ".cu", ".cpp", ".h")]
+    python = [Path(module.__file__) for module in (counts, patterns, static, architectures)]
+    texts = [p.read_bytes() for p in [*csrc, *python, Path(__file__), static.LIBRARY]]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
 
 def _kept(key: str) -> Path:
