@@ -31,6 +31,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="a device of bench.roofline, instead of an architecture")
     parser.add_argument("--shape", type=_shape, metavar="N:NNZ:T", help="one shape instead of the standard calls")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="of the features of --shape")
+    parser.add_argument("--table", action="store_true", help="a Markdown table instead of JSON")
     parser.add_argument("--output", help="file to write instead of standard output")
     options = parser.parse_args(arguments)
     try:
@@ -48,6 +49,35 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _over(record: records.Record, name: str) -> str:
+    got, least = record[name], record[f"{name}_least"]
+    return f"{got / least:.2f}" if least else "-"
+
+
+def table(found: Sequence[records.Record]) -> str:
+    """The launched kernels' figures; "x" is over the least possible."""
+    lines = [
+        "| kernel | call | arch | registers | shared | blocks/SM, occupancy (limiter) | sectors x | wavefronts x |"
+        " gather x | L2 MB | modelled us |",
+        "|---|---|---|--:|--:|---|--:|--:|--:|--:|--:|",
+    ]
+    for r in found:
+        call, l2, us = "-", "-", "-"
+        if r["launches"]:
+            call = f"{r['op']} n {r['n']} T {r['T']} {r['dtype']}"
+            l2 = f"{r['l2_bytes'] / 1e6:.2f}"
+            us = "-" if r["modelled_us"] is None else f"{r['modelled_us']:.1f}"
+        elif r["language"] == "CUDA":
+            continue
+        figures = [_over(r, n) if r["launches"] else "-" for n in ("sectors", "wavefronts", "gather_wavefronts")]
+        name = r["instance"].split("::")[-1]
+        lines.append(
+            f"| {name} | {call} | {r['arch']} | {r['registers']} | {r['smem']} | {r['blocks_per_sm']},"
+            f" {100 * r['occupancy']:.0f} % ({r['limiter']}) | {' | '.join(figures)} | {l2} | {us} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     cases: Sequence[Case] = records.STANDARD
@@ -58,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = []
     for device in devices:
         found += [*records.cuda(device, cases), *records.triton(device.arch, options.dtype)]
-    text = "[\n" + ",\n".join(json.dumps(record) for record in found) + "\n]\n"
+    text = table(found) if options.table else "[\n" + ",\n".join(json.dumps(r) for r in found) + "\n]\n"
     if options.output:
         with open(options.output, "w", encoding="utf-8") as file:
             file.write(text)

@@ -48,6 +48,11 @@ CLASSES = {
     "barriers": r"(?:BAR|SYNCS)\b",
 }
 _PATTERNS = {name: re.compile(pattern) for name, pattern in CLASSES.items()}
+# Pipes that do less than a warp instruction a clock and scheduler on some architectures.
+_PIPES = {
+    "alu": re.compile(r"(?:LOP3|SHF|PRMT|IADD3|VIADD|ISETP|SEL|LEA|IMNMX|VIMNMX|FSETP|FSEL|FMNMX|PLOP3)\b"),
+    "fma": re.compile(r"(?:FFMA|FFMA2|FMUL|FADD|IMAD|HFMA2|HMUL2|HADD2)\b"),
+}
 _EVENT = re.compile(r"(?:LDG|STG|LDGSTS|LDS|STS|LDSM|HMMA|LD|ST)\b")
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*(?:\.[^\s;]+)*)([^;]*);")
 
@@ -67,7 +72,7 @@ class Kernel:
     instructions: int
     tensor_ops: dict[str, int] = field(hash=False)
     counts: dict[str, int] = field(hash=False)
-    per_event: float  # instructions per memory or tensor instruction of the innermost loop
+    per_event: dict[str, float] = field(hash=False)  # "all", "alu", "fma"; see _per_event
     atomic_kinds: tuple[str, ...] = ()
 
     @property
@@ -135,8 +140,9 @@ def _loops(code: Code) -> list[tuple[int, int]]:
     return found
 
 
-def _per_event(code: Code) -> float:
-    """Instructions to each one that moves data or multiplies, in the loop where the work is.
+def _per_event(code: Code) -> dict[str, float]:
+    """Instructions to each one that moves data or is of a tensor core, in the loop where the work is: all of them, and
+    those of two pipes.
 
     That is the smallest loop with tensor instructions, the one with most of them if there are several; in a kernel
     without them, the innermost loop with most events; in one without loops, all its code.
@@ -155,9 +161,11 @@ def _per_event(code: Code) -> float:
         if not any(other != at and at[0] <= other[0] and other[1] <= at[1] for other in bodies)
     ]
     if not inner:
-        return 0.0
+        return {"all": 0.0, **dict.fromkeys(_PIPES, 0.0)}
     body = max(inner, key=lambda ops: (sum(op in works for op in ops), -len(ops)))
-    return len(body) / sum(bool(_EVENT.match(op)) for op in body)
+    events = sum(bool(_EVENT.match(op)) for op in body)
+    pipes = {name: sum(bool(p.match(op)) for op in body) / events for name, p in _PIPES.items()}
+    return {"all": len(body) / events, **pipes}
 
 
 def _threads(cubin: bytes) -> dict[str, int]:
@@ -209,7 +217,7 @@ def _read(cubin: Path) -> list[Kernel]:
             name=name, symbol=symbol.strip(), arch=arch, registers=used["REG"], stack=used["STACK"],
             local=used["LOCAL"], shared=shared, threads=threads.get(symbol.strip()),
             instructions=sum(not op.startswith("NOP") for _, op, _ in code), tensor_ops=tensor, counts=counts,
-            per_event=round(_per_event(code), 2),
+            per_event=_per_event(code),
             atomic_kinds=tuple(sorted(op for op in ops if _PATTERNS["atomics"].match(op))),
         ))  # fmt: skip
     return found

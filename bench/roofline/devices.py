@@ -29,6 +29,7 @@ class Device:
     gemm_peak: float  # FLOP/s, bf16, dense, fp32 accumulation
     gemm_share: float  # of it, that a large GEMM of the vendor's library reaches
     mma_flops: float  # FLOP per clock and SM of mma.sync
+    fma_lanes: int  # fp32 multiply-adds per clock and SM
 
     @property
     def target(self) -> Target:
@@ -46,19 +47,20 @@ class Device:
 
 DEVICES = (
     # A100: mma.sync runs at the datasheet's peak. L2 and HBM as measured by others and used in the design notes.
-    Device("A100", 80, 108, 1.410e9, 2.039e12, 1.70e12, 4.5e12, 40e6, 312e12, 0.775, 2048),
+    Device("A100", 80, 108, 1.410e9, 2.039e12, 1.70e12, 4.5e12, 40e6, 312e12, 0.775, 2048, 64),
     # H100 SXM: the peak is wgmma's; mma.sync reaches about 62 % of it. 1.755 GHz under load, not the 1.98 GHz maximum.
-    Device("H100", 90, 132, 1.755e9, 3.35e12, 2.98e12, 5.7e12, 50e6, 989.4e12, 0.69, 0.62 * 4096),
+    Device("H100", 90, 132, 1.755e9, 3.35e12, 2.98e12, 5.7e12, 50e6, 989.4e12, 0.69, 0.62 * 4096, 128),
     # Ada: L2 assumed at 16 bytes a clock and SM. GeForce halves tensor cores with fp32 accumulation.
-    Device("L40S", 89, 142, 2.520e9, 0.864e12, 0.77e12, 5.7e12, 96e6, 362e12, 0.75, 1024),
-    Device("RTX 4090", 89, 128, 2.520e9, 1.008e12, 0.90e12, 5.1e12, 72e6, 165.2e12, 0.90, 512),
+    Device("L40S", 89, 142, 2.520e9, 0.864e12, 0.77e12, 5.7e12, 96e6, 362e12, 0.75, 1024, 128),
+    Device("RTX 4090", 89, 128, 2.520e9, 1.008e12, 0.90e12, 5.1e12, 72e6, 165.2e12, 0.90, 512, 128),
     # B200: the peak is tcgen05's; mma.sync assumed at Ampere's rate a clock, L2 at Hopper's.
-    Device("B200", 100, 148, 1.850e9, 8.0e12, 7.0e12, 6.7e12, 126e6, 2250e12, 0.70, 2048),
+    Device("B200", 100, 148, 1.850e9, 8.0e12, 7.0e12, 6.7e12, 126e6, 2250e12, 0.70, 2048, 128),
 )
 BY_NAME = {device.name: device for device in DEVICES}
 
 LAUNCH_GAP = 2e-6  # seconds from one kernel's end to the next one's work
 LATENCY = 0.8e-6  # seconds of a load that nothing hides: at the start of a kernel, L2 or HBM
+ALU_LANES = 64  # integer and logic operations a clock and SM, on all of them
 SCHEDULERS = 4  # warp instructions a clock and SM
 MMA_FLOP = 2 * 16 * 8 * 16  # of one mma.m16n8k16
 SECTOR = 32

@@ -2,8 +2,8 @@
 """From counts to modelled time.
 
 A kernel takes as long as its busiest resource, plus what comes before its pipelines are full. Per SM: the data pipe of
-shared memory and L1, the tensor cores, the schedulers' issue slots. For the whole device: bytes from L2 to the SMs, and
-bytes from HBM.
+shared memory and L1, the tensor cores, the schedulers' issue slots, the pipes of integers and of multiply-adds. For the
+whole device: bytes from L2 to the SMs, and bytes from HBM.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 from bench.kernels import architectures, counts, patterns, static
 from bench.kernels.architectures import occupancy
 from bench.kernels.counts import FIRST, Case, Counts
-from bench.roofline.devices import LATENCY, LAUNCH_GAP, MMA_FLOP, SCHEDULERS, SECTOR, Device
+from bench.roofline.devices import ALU_LANES, LATENCY, LAUNCH_GAP, MMA_FLOP, SCHEDULERS, SECTOR, Device
 
 ROOT = static.ROOT
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
@@ -38,6 +39,8 @@ class Work:
     gather: float  # those of them that gather features
     mma: float  # instructions, busiest SM
     instructions: float  # of warps, busiest SM
+    alu: float  # those of them for integers and logic
+    fma: float  # and those for multiply-adds
     l2_bytes: float
     hbm_bytes: float
     first_bytes: float  # copied to shared memory before work begins, all SMs
@@ -66,6 +69,8 @@ def time(work: Work, device: Device) -> Time:
         "shared": work.wavefronts / device.clock,
         "tensor": work.mma * MMA_FLOP / device.mma_flops / device.clock,
         "issue": work.instructions / SCHEDULERS / device.clock,
+        "ALU": work.alu * 32 / ALU_LANES / device.clock,
+        "FMA": work.fma * 32 / device.fma_lanes / device.clock,
         "L2": work.l2_bytes / device.l2,
         "HBM": work.hbm_bytes / device.hbm,
     }
@@ -157,10 +162,12 @@ def work(c: Counts, case: Case, device: Device) -> Work:
         hbm = c.of_space("sectors_least", "global") * share.total * SECTOR
     wavefronts = c.gather_wavefronts + c.other_wavefronts + c.register_wavefronts
     requests = sum(s.requests for s in c.sites if not (s.copies and s.space == "global"))
+    events = (requests + c.mma) * share.busiest
     return Work(
         kernel=c.kernel, grid=c.grid, per_sm=resident.blocks, rounds=share.rounds,
         wavefronts=wavefronts * share.busiest, gather=c.gather_wavefronts * share.busiest, mma=c.mma * share.busiest,
-        instructions=(requests + c.mma) * kernel.per_event * share.busiest,
+        instructions=events * kernel.per_event["all"], alu=events * kernel.per_event["alu"],
+        fma=events * kernel.per_event["fma"],
         l2_bytes=c.loads * share.total * SECTOR, hbm_bytes=hbm,
         first_bytes=c.shared_bytes / 2 * min(c.grid, device.sms * resident.blocks), limiter=resident.limiter,
     )  # fmt: skip
@@ -184,13 +191,12 @@ def works(case: Case, device: Device) -> list[Work]:
 
 
 def times(case: Case, device: Device) -> list[Time]:
-    return [time(work, device) for work in works(case, device)]
+    return [time(w, device) for w in works(case, device)]
 
 
-def seconds(case: Case, device: Device, busiest: float = 1.0) -> float:
-    """The whole call: its kernels one after another."""
-    found = times(case, device)
-    return sum(t.seconds(busiest) for t in found) + LAUNCH_GAP * (len(found) - 1)
+def seconds(found: Sequence[Work], device: Device, busiest: float = 1.0) -> float:
+    """Of kernels that run one after another."""
+    return sum(time(w, device).seconds(busiest) for w in found) + LAUNCH_GAP * (len(found) - 1)
 
 
 def floors(case: Case, device: Device) -> dict[str, float]:

@@ -13,8 +13,8 @@ from bench.roofline.devices import BY_NAME, DEVICES, LATENCY
 
 A100, H100 = BY_NAME["A100"], BY_NAME["H100"]
 WORK = model.Work(
-    kernel="k", grid=108, per_sm=1, rounds=1, wavefronts=1.41e5, gather=1e5, mma=1e3, instructions=1e5, l2_bytes=4.5e7,
-    hbm_bytes=1.7e7, first_bytes=0.0, limiter="registers",
+    kernel="k", grid=108, per_sm=1, rounds=1, wavefronts=1.41e5, gather=1e5, mma=1e3, instructions=1e5, alu=4e4,
+    fma=1e4, l2_bytes=4.5e7, hbm_bytes=1.7e7, first_bytes=0.0, limiter="registers",
 )  # fmt: skip
 REACH_FLOOR, REACH_DENSE = 1.6, 0.5
 
@@ -26,13 +26,21 @@ def test_a_kernel_takes_as_long_as_its_busiest_resource():
     assert t.parts["L2"] == pytest.approx(10e-6) and t.parts["HBM"] == pytest.approx(10e-6)
     assert t.parts["tensor"] == pytest.approx(1e3 * 4096 / 2048 / 1.41e9)
     assert t.parts["issue"] == pytest.approx(1e5 / 4 / 1.41e9)
+    assert t.parts["ALU"] == pytest.approx(4e4 / 2 / 1.41e9) and t.parts["FMA"] == pytest.approx(1e4 / 2 / 1.41e9)
     assert t.seconds() == pytest.approx(100e-6 + start)
     assert t.seconds(0.85) == pytest.approx(100e-6 / 0.85 + start)
 
 
 @pytest.mark.parametrize(
     "field, amount, bound",
-    [("l2_bytes", 4.5e9, "L2"), ("hbm_bytes", 1.7e9, "HBM"), ("mma", 1e6, "tensor"), ("instructions", 1e7, "issue")],
+    [
+        ("l2_bytes", 4.5e9, "L2"),
+        ("hbm_bytes", 1.7e9, "HBM"),
+        ("mma", 1e6, "tensor"),
+        ("instructions", 1e7, "issue"),
+        ("alu", 1e7, "ALU"),
+        ("fma", 1e7, "FMA"),
+    ],
 )
 def test_every_resource_can_bind(field, amount, bound):
     t = model.time(dataclasses.replace(WORK, **{field: amount}), A100)
@@ -76,7 +84,9 @@ def test_reach(toolkit, device, shape):
 
 def test_more_tokens_take_proportionally_longer(toolkit):
     """Beyond what starting costs."""
-    few, many = (model.seconds(Case("forward", 2048, 41943, T), A100) for T in (108 * 32, 2 * 108 * 32))
+    few, many = (
+        model.seconds(model.works(Case("forward", 2048, 41943, T), A100), A100) for T in (108 * 32, 2 * 108 * 32)
+    )
     start = sum(t.start for t in model.times(Case("forward", 2048, 41943, 32), A100))
     assert many - start == pytest.approx(2 * (few - start), rel=0.15)
 
@@ -104,17 +114,28 @@ def test_tables_say_that_they_are_modelled(toolkit, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def lines(monkeypatch, sparse, dense):
-    monkeypatch.setattr(dispatch, "sparse", lambda n, density, T, device: sparse(density))
-    monkeypatch.setattr(dispatch, "dense", lambda n, density, T, device: dense)
-    return dispatch.break_even(4096, 512, A100).density
+def test_break_even():
+    assert dispatch.crossing(lambda d: 3.0 - 100 * d) == pytest.approx(0.03)
+    assert dispatch.crossing(lambda d: 0.01 - 100 * d) == 0.001  # dense from the first on
+    assert dispatch.crossing(lambda d: 3.0 - d) == 1.0  # never
 
 
-def test_break_even(monkeypatch):
-    assert lines(monkeypatch, lambda d: 100 * d, 3.0) == pytest.approx(0.03)  # between counted densities
-    assert lines(monkeypatch, lambda d: 100 * d, 8.0) == pytest.approx(0.08)  # beyond them
-    assert lines(monkeypatch, lambda d: 100 * d, 0.5) == dispatch.DENSITIES[0]  # dense from the first on
-    assert lines(monkeypatch, lambda d: 1.0, 8.0) == 1.0  # never
+def test_work_between_counted_densities():
+    """Each resource grows on its own line: one that is small at first may bind later."""
+    high = dataclasses.replace(WORK, wavefronts=1.41e5 * 1.1, hbm_bytes=1.7e7 * 5)
+    far = dispatch.between(WORK, high, 4.0)
+    assert far.wavefronts == pytest.approx(1.41e5 * 1.4) and far.hbm_bytes == pytest.approx(1.7e7 * 17)
+    assert model.time(high, A100).bound == "shared" and model.time(far, A100).bound == "HBM"
+    assert dispatch.between(WORK, high, 0.0) == WORK and dispatch.between(WORK, high, 1.0) == high
+    assert dispatch.between(high, WORK, 99.0).wavefronts == 0.0
+    with pytest.raises(ValueError, match="not one kernel"):
+        dispatch.between(WORK, dataclasses.replace(WORK, kernel="other"), 0.5)
+
+
+def test_dense_wins_where_it_should(toolkit):
+    """At few tokens never; at many, somewhere between the usual 1 % and a third."""
+    few, many = (dispatch.break_even(1024, T, H100).density for T in (32, 8192))
+    assert few == 1.0 and 0.01 < many < 0.33
 
 
 def test_few_tokens():
