@@ -15,10 +15,11 @@ from torch import Tensor
 
 from frodkernels.reference.sparse_core import accumulator, new_features
 
-# Density of S + diag lam above which the dense product of bfloat16 features is faster, by compute capability. Modelled,
-# by `python -m bench.roofline --dispatch`; no device was at hand to measure it.
-BREAK_EVEN = {80: 0.05, 86: 0.05, 89: 0.05, 90: 0.025, 100: 0.02, 120: 0.04}
-DENSE_TOKENS = 128  # with fewer tokens than this, writing the dense matrix costs more than any product
+# Density of S + diag lam above which the dense product of bfloat16 features is faster, by compute capability, and the
+# fewest tokens it is worth it for: with few, writing the matrix costs more than any product. Modelled, by
+# `python -m bench.roofline --dispatch`; no device was at hand to measure it.
+BREAK_EVEN = {80: 0.08, 86: 0.25, 89: 0.25, 90: 0.04, 100: 0.018, 120: 0.25}
+DENSE_TOKENS = 512
 DENSE_BYTES = 2**31  # a larger matrix is never written
 
 

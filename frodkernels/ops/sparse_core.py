@@ -17,6 +17,10 @@ from frodkernels.reference.sparse_core import accumulator, new_features
 FORWARD = "sparse_core"
 BACKWARD = "sparse_core_backward"
 
+# Products of an entry with a token from which the tensor-core kernels are faster on CUDA than those without: below,
+# packing the entries and filling the pipeline cost more. Modelled, by `python -m bench.roofline --dispatch`.
+TENSOR_CORE_WORK = 2 * 10**7
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -86,13 +90,17 @@ def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=
     )
 
 
+def _worthwhile(tiles: list[Tensor] | None, features: Tensor, values: Tensor) -> list[Tensor] | None:
+    return tiles if values.numel() * features.shape[1] >= TENSOR_CORE_WORK else None
+
+
 def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False, tiles=None):
     backend, run = _backends.implementation(FORWARD, z.device.type)
     if backend != "native":
         return run(z, lam, values, indptr, indices, perm, token_major)
     if dense.dense_is_faster(z, lam, values, indptr):
         return dense.sparse_core(z, lam, values, indptr, indices, perm, token_major)
-    return run(z, lam, values, indptr, indices, perm, token_major, tiles)
+    return run(z, lam, values, indptr, indices, perm, token_major, _worthwhile(tiles, z, values))
 
 
 def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_major=False, tiles=None):
@@ -101,7 +109,7 @@ def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_majo
         return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
     if dense.dense_is_faster(u, lam, values, indptr):
         return dense.sparse_core_backward(u, z, lam, values, indptr, indices, perm, needs, token_major)
-    return run(u, z, lam, values, indptr, indices, perm, needs, token_major, tiles)
+    return run(u, z, lam, values, indptr, indices, perm, needs, token_major, _worthwhile(tiles, u, values))
 
 
 _ops.register(

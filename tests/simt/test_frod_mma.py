@@ -7,6 +7,7 @@ import torch
 import frodkernels as fk
 from frodkernels import _backends
 from frodkernels.functional import _views
+from frodkernels.ops import sparse_core as ops
 from frodkernels.reference import frod as reference
 
 T, M, N = 70, 48, 144
@@ -21,6 +22,7 @@ def cuda_kernels(plain, monkeypatch):
 
     monkeypatch.setattr(_views, "_block", block)
     monkeypatch.setattr(_backends, "_load", lambda op, name: getattr(torch.ops.simt, f"native_{op}").default)
+    monkeypatch.setattr(ops, "TENSOR_CORE_WORK", 0)
     plain.configure(sms=2)
     return plain
 
@@ -81,6 +83,16 @@ def test_tiles_are_made_once_and_not_while_tracing(cuda_kernels, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert len(_views.both_views(pattern, features)) == 20
     assert len(_views.both_views(pattern, features.float())) == 6  # float32 has no use for them
+
+
+def test_little_work_goes_to_the_other_kernels(cuda_kernels, monkeypatch):
+    args, pattern, _ = layer(torch.bfloat16)
+    monkeypatch.setattr(ops, "TENSOR_CORE_WORK", pattern.nnz * T + 1)
+    fk.frod_linear(*args, pattern, path="activation")
+    assert not any("mma" in name for name in cuda_kernels.launches())
+    monkeypatch.setattr(ops, "TENSOR_CORE_WORK", pattern.nnz * T)
+    fk.frod_linear(*args, pattern, path="activation")
+    assert any("mma" in name for name in cuda_kernels.launches())
 
 
 def test_views_are_told_apart():
