@@ -13,7 +13,7 @@ from bench.roofline.devices import LAUNCH_GAP, Device
 from bench.shapes import SPARSE_RATE
 
 Record = dict[str, Any]
-OPS = ("forward", "transpose", "gradient", "backward")
+OPS = ("forward", "transpose", "parameters", "backward")  # parameters: dvalues and dlam
 BUSIEST = 0.85  # the share of its peak that the busiest resource reaches in the column beside the model's
 
 
@@ -31,19 +31,21 @@ class Shape:
         return cls(name, n, T, int(n * n * SPARSE_RATE))
 
 
-REACH = (Shape("reach, n 4096", 4096, 8192, 167772), Shape("reach, n 9216", 9216, 4608, 849347))
+REACH = (
+    Shape("Llama-3-8B hidden", 4096, 8192, 167772),
+    Shape("FLUX.2-klein mlp_out", 9216, 4608, 849347),
+)
 SHAPES = (
     *REACH,
     Shape.of("Llama-3.2-3B hidden", 3072, 3072),
     Shape.of("Llama-3.2-3B mlp", 8192, 3072),
-    Shape.of("Llama-3-8B hidden", 4096, 3072),
     Shape.of("FLUX.2-klein hidden", 3072, 4608),
 )
 
 
 def calls(op: str, shape: Shape) -> list[Case]:
     """The library calls of an op; a backward is the transpose and the gradient, one after the other."""
-    parts = ("transpose", "gradient") if op == "backward" else (op,)
+    parts = {"parameters": ("gradient",), "backward": ("transpose", "gradient")}.get(op, (op,))
     return [Case(part, shape.n, shape.nnz, shape.T) for part in parts]
 
 

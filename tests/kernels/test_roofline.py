@@ -101,7 +101,7 @@ def test_json(toolkit, monkeypatch, capsys):
         assert (r["n"], r["T"], r["nnz"]) == (512, 256, 2621)
     for device in DEVICES:
         us = {r["op"]: r["modelled_us"] for r in found if r["device"] == device.name}
-        assert us["backward"] > max(us["transpose"], us["gradient"])
+        assert us["backward"] > max(us["transpose"], us["parameters"])
 
 
 def test_tables_say_that_they_are_modelled(toolkit, monkeypatch, capsys):
