@@ -25,11 +25,21 @@ SPARSE_COST = {
 NOMINAL_TOKENS = 2048
 
 
+# The same on a GPU, whose tensor cores leave everything else behind. Modelled, not measured: `python -m bench.roofline`
+# (16 bits: between an A100's 20 and 40, and an H100's 33 and 70).
+GPU_SPARSE_COST = {
+    torch.float32: (3.7, 7.0),
+    torch.float64: (3.7, 7.0),
+    torch.bfloat16: (26.0, 55.0),
+    torch.float16: (26.0, 55.0),
+}
+
+
 def costs(
-    T: int, m: int, n: int, nnz: int, dtype: torch.dtype, *, needs_x: bool, needs_parameters: bool
+    T: int, m: int, n: int, nnz: int, dtype: torch.dtype, *, needs_x: bool, needs_parameters: bool, device: str = "cpu"
 ) -> dict[str, float]:
     """Cost of a forward, plus a backward where a gradient is needed, of each path in GEMM multiply-adds."""
-    forward, backward = SPARSE_COST[dtype]
+    forward, backward = (SPARSE_COST if device in ("cpu", "meta") else GPU_SPARSE_COST)[dtype]
     sparse = nnz + n  # the diagonal is n more nonzeros
     square, wide, build = T * n * n, T * m * n, m * n * n
     cost = {
@@ -49,7 +59,8 @@ def choose(x: Tensor, m: int, nnz: int, parameters_train: bool) -> str:
     n = x.shape[1]
     T = NOMINAL_TOKENS if torch.compiler.is_compiling() else x.shape[0]
     grad = torch.is_grad_enabled()
-    cost = costs(T, m, n, nnz, x.dtype, needs_x=grad and x.requires_grad, needs_parameters=grad and parameters_train)
+    needs = dict(needs_x=grad and x.requires_grad, needs_parameters=grad and parameters_train)
+    cost = costs(T, m, n, nnz, x.dtype, **needs, device=x.device.type)
     if x.dtype == torch.float16 and grad and parameters_train:
         # its g^T x sums over all tokens before S is sampled: that overflows float16 where no other path does
         cost["materialize"] = float("inf")

@@ -79,6 +79,7 @@ class PreparedFrod:
             layer.frod_V[adapter].dtype,
             needs_x=True,
             needs_parameters=True,
+            device=layer.frod_lambda_l[adapter].device.type,
         )
         return min(cost, key=cost.__getitem__)
 

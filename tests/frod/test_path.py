@@ -50,6 +50,15 @@ def test_costs_rise_with_what_is_needed(T, m, n, nnz, dtype):
 @pytest.mark.parametrize("dtype", sorted(SPARSE_COST, key=str), ids=str)
 def test_every_dtype_has_costs(dtype):
     assert all(cost > 0 for cost in SPARSE_COST[dtype])
+    assert all(cost > 0 for cost in frod_path.GPU_SPARSE_COST[dtype])
+
+
+def test_a_device_has_its_own_costs():
+    here = dict(needs_x=True, needs_parameters=True)
+    cpu, gpu = (costs(1024, 4096, 4096, 167772, torch.bfloat16, **here, device=device) for device in ("cpu", "cuda"))
+    assert gpu["activation"] > cpu["activation"]
+    assert cpu == costs(1024, 4096, 4096, 167772, torch.bfloat16, **here)
+    assert gpu == costs(1024, 4096, 4096, 167772, torch.bfloat16, **here, device="xpu")
     assert choose(torch.empty(3, 8, dtype=dtype), 4, 9, True) in PATHS
 
 
