@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modelled times of the sparse core: ``python -m bench.roofline [--json | --dispatch]``. Nothing is measured."""
+"""Modelled times of the sparse core, none measured: ``python -m bench.roofline [--json | --summary | --dispatch]``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="records instead of tables")
+    what.add_argument("--summary", action="store_true", help="one table: a row for each shape and op")
     what.add_argument("--dispatch", action="store_true", help="where the dense product and the plain kernels win")
     parser.add_argument("--device", default="", help=f"comma-separated, of {', '.join(BY_NAME)} (default: all)")
     parser.add_argument("--reach", action="store_true", help="only the two shapes with a goal")
@@ -55,6 +56,17 @@ def print_times(options: argparse.Namespace) -> None:
         print(times_table(list(cases.records([shape], options.devices, options.ops))), flush=True)
 
 
+def print_summary(options: argparse.Namespace) -> None:
+    print("Modelled us (x largest floor, x densify+GEMM), bfloat16; nothing here was measured\n")
+    print("| shape | op |" + "".join(f" {device.name} |" for device in options.devices))
+    print("|---|---|" + "--:|" * len(options.devices))
+    for shape in options.shapes:
+        for op in options.ops:
+            found = [cases.record(op, shape, device) for device in options.devices]
+            cells = [f" {r['modelled_us']:.0f} ({r['over_floor']:.2f}, {r['over_dense']:.2f}) |" for r in found]
+            print(f"| T {shape.T}, n {shape.n}, nnz {shape.nnz} | {op} |" + "".join(cells), flush=True)
+
+
 def print_dispatch(devices: Sequence[Device]) -> None:
     print("Modelled: the dense product is faster above this density of S (forward, bfloat16; 1.00: never)\n")
     print("| device | n |" + "".join(f" T {T} |" for T in dispatch.TOKENS))
@@ -76,6 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         found = list(cases.records(options.shapes, options.devices, options.ops))
         print("[\n" + ",\n".join(json.dumps(r) for r in found) + "\n]")
+    elif options.summary:
+        print_summary(options)
     elif options.dispatch:
         print_dispatch(options.devices)
     else:

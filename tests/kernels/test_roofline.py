@@ -109,6 +109,9 @@ def test_tables_say_that_they_are_modelled(toolkit, monkeypatch, capsys):
     assert command.main(["--device", "A100", "--op", "forward"]) == 0
     out = capsys.readouterr().out
     assert "Modelled" in out and "| A100 | forward |" in out
+    assert command.main(["--summary", "--device", "A100,H100"]) == 0
+    out = capsys.readouterr().out
+    assert "Modelled" in out and "| T 256, n 512, nnz 2621 | backward |" in out
     with pytest.raises(SystemExit):
         command.main(["--device", "A1"])
     capsys.readouterr()
