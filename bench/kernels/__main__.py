@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m bench.kernels",
         description="Static figures and counts of every GPU kernel, no GPU needed. Times are modelled, not measured.",
     )
-    parser.add_argument("--arch", default="80", help="compute capabilities, comma-separated (default: 80)")
+    parser.add_argument("--arch", default="80,90", help="compute capabilities, comma-separated (default: 80,90)")
     parser.add_argument("--all", action="store_true", help="every architecture of the library")
     parser.add_argument("--device", help="a device of bench.roofline, instead of an architecture")
     parser.add_argument("--shape", type=_shape, metavar="N:NNZ:T", help="one shape instead of the standard calls")

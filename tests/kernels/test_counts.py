@@ -4,9 +4,13 @@
 Bounds are of the standard pattern, 1 % at n = 4096, unless they say otherwise.
 """
 
+import json
+
 import pytest
 
+from bench.kernels import __main__ as command
 from bench.kernels import counts, records, static
+from bench.kernels.architectures import occupancy
 from bench.kernels.counts import Case
 from bench.roofline.devices import BY_NAME
 
@@ -45,8 +49,7 @@ def test_every_kernel_has_figures_and_counts(figures):
     assert {r["kernel"] for r in cuda} == static.declared()
     counted = {r["kernel"] for r in cuda if r["launches"]}
     assert counted == static.declared(), "launched by no standard call"
-    instances = {k.name for k in static.library() if k.arch == 80}
-    assert {r["instance"] for r in cuda} == instances
+    assert {r["instance"] for r in cuda} == {k.name for k in static.library() if k.arch == 80}
 
 
 def test_every_triton_kernel_has_figures(figures):
@@ -65,7 +68,9 @@ def test_records_have_the_fields_they_promise(figures):
     for r in figures:
         assert promised <= set(r) and set(r) == set(figures[0])
         assert r["spills"] == r["stack"] == r["local"] == r["atomics"] == 0
-        assert 0 < r["occupancy"] <= 1 and r["limiter"]
+        resident = occupancy(int(r["arch"].removeprefix("sm_")), r["registers"], r["smem"], r["threads"])
+        assert (r["blocks_per_sm"], r["limiter"]) == (resident.blocks, resident.limiter) and resident.blocks > 0
+        assert r["occupancy"] == pytest.approx(resident.share, abs=1e-4)
         if r["launches"]:
             assert r["modelled_us"] > 0 and r["l2_bytes"] > 0 and r["note"] is None
 
@@ -134,3 +139,18 @@ def test_counts_are_linear_in_tokens(toolkit, op):
 
 def test_standard_calls_are_distinct():
     assert len(set(records.STANDARD)) == len(records.STANDARD)
+
+
+def test_one_shape(toolkit, capsys):
+    assert command.main(["--device", "L40S", "--shape", "512:2621:64", "--dtype", "float16"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    counted = [r for r in found if r["launches"]]
+    assert {r["op"] for r in counted} == {"forward", "transpose", "gradient"}
+    assert {(r["n"], r["nnz"], r["T"], r["dtype"], r["arch"], r["device"]) for r in counted} == {
+        (512, 2621, 64, "float16", "sm_89", "L40S")
+    }
+    assert all(r["smem"] <= 101376 for r in counted) and any(r["tensor_ops"] for r in counted)
+    for bad in (["--arch", "75"], ["--shape", "5:5"], ["--device", "H1"]):
+        with pytest.raises(SystemExit):
+            command.main(bad)
+    capsys.readouterr()
