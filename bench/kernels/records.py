@@ -38,7 +38,7 @@ def device_of(arch: int) -> Device:
     if known:
         return known[0]
     sms = {86: 84, 120: 170}[arch]  # RTX A6000's chip, RTX 5090
-    return Device(f"sm_{arch}", arch, sms, *[0.0] * 8, 64)
+    return Device(f"sm_{arch}", arch, sms, *[0.0] * 7, 64)
 
 
 def _static(kernel: static.Kernel, language: str, threads: int, dynamic: int) -> Record:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices of the model: rates, and where each number comes from.
 
-Datasheet: SMs, boost clock, peak of HBM and of the tensor cores (dense, fp32 accumulation), size of L2. Assumed, since
-no device was at hand: what share of them kernels reach, and the bandwidth between L2 and the SMs. Shared memory moves
-128 bytes a clock in every SM on all of them.
+Datasheet: SMs, boost clock, peak of HBM and of the tensor cores (dense, fp32 accumulation). Assumed, since no device
+was at hand: what share of them kernels reach, and the bandwidth between L2 and the SMs. Shared memory moves 128 bytes a
+clock in every SM on all of them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ class Device:
     sms: int
     clock: float  # Hz, boost
     hbm_peak: float  # bytes
-    hbm: float  # bytes, reached by streaming kernels
+    hbm_share: float  # of it, that streaming kernels reach
     l2: float  # bytes from L2 to all SMs
-    l2_size: float  # bytes
     gemm_peak: float  # FLOP/s, bf16, dense, fp32 accumulation
     gemm_share: float  # of it, that a large GEMM of the vendor's library reaches
     mma_flops: float  # FLOP per clock and SM of mma.sync
@@ -34,6 +33,10 @@ class Device:
     @property
     def target(self) -> Target:
         return Target(self.sms, LIMITS[self.arch].shared_per_block, self.arch)
+
+    @property
+    def hbm(self) -> float:
+        return self.hbm_peak * self.hbm_share
 
     @property
     def gemm(self) -> float:
@@ -46,15 +49,15 @@ class Device:
 
 
 DEVICES = (
-    # A100: mma.sync runs at the datasheet's peak. L2 and HBM as measured by others and used in the design notes.
-    Device("A100", 80, 108, 1.410e9, 2.039e12, 1.70e12, 4.5e12, 40e6, 312e12, 0.775, 2048, 64),
+    # A100: mma.sync runs at the datasheet's peak.
+    Device("A100", 80, 108, 1.410e9, 2.039e12, 0.834, 4.5e12, 312e12, 0.775, 2048, 64),
     # H100 SXM: the peak is wgmma's; mma.sync reaches about 62 % of it. 1.755 GHz under load, not the 1.98 GHz maximum.
-    Device("H100", 90, 132, 1.755e9, 3.35e12, 2.98e12, 5.7e12, 50e6, 989.4e12, 0.69, 0.62 * 4096, 128),
+    Device("H100", 90, 132, 1.755e9, 3.35e12, 0.89, 5.7e12, 989.4e12, 0.69, 0.62 * 4096, 128),
     # Ada: L2 assumed at 16 bytes a clock and SM. GeForce halves tensor cores with fp32 accumulation.
-    Device("L40S", 89, 142, 2.520e9, 0.864e12, 0.77e12, 5.7e12, 96e6, 362e12, 0.75, 1024, 128),
-    Device("RTX 4090", 89, 128, 2.520e9, 1.008e12, 0.90e12, 5.1e12, 72e6, 165.2e12, 0.90, 512, 128),
+    Device("L40S", 89, 142, 2.520e9, 0.864e12, 0.89, 5.7e12, 362e12, 0.75, 1024, 128),
+    Device("RTX 4090", 89, 128, 2.520e9, 1.008e12, 0.89, 5.1e12, 165.2e12, 0.90, 512, 128),
     # B200: the peak is tcgen05's; mma.sync assumed at Ampere's rate a clock, L2 at Hopper's.
-    Device("B200", 100, 148, 1.850e9, 8.0e12, 7.0e12, 6.7e12, 126e6, 2250e12, 0.70, 2048, 128),
+    Device("B200", 100, 148, 1.850e9, 8.0e12, 0.875, 6.7e12, 2250e12, 0.70, 2048, 128),
 )
 BY_NAME = {device.name: device for device in DEVICES}
 
