@@ -10,10 +10,11 @@
 #   make clean   remove build outputs (not .venv)
 #
 # Variables: PYTHON (the interpreter of .venv), TORCH (the torch to install), TEST_ARGS, DEMO_ARGS, BENCH_ARGS,
-# KERNELS_ARGS, GPU_ARGS.
+# TEST_JOBS (test processes at a time), KERNELS_ARGS, GPU_ARGS.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TEST_JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -qq --no-input
@@ -67,7 +68,7 @@ test: setup simt
 	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(TEST_ARGS) $(TRITON_TESTS) || status=1; \
 	fi; \
 	echo "== all tests"; \
-	$(BIN)/python -m pytest -q $(TEST_ARGS) tests || status=1; \
+	$(BIN)/python -m pytest -q -n $(TEST_JOBS) $(TEST_ARGS) tests || status=1; \
 	exit $$status
 
 bench: setup

@@ -19,7 +19,7 @@ from frodkernels.reference.sparse_core import accumulator, new_features
 # fewest tokens it is worth it for: with few, writing the matrix costs more than any product. Modelled, by
 # `python -m bench.roofline --dispatch`; no device was at hand to measure it.
 BREAK_EVEN = {80: 0.08, 86: 0.25, 89: 0.25, 90: 0.04, 100: 0.018, 120: 0.25}
-DENSE_TOKENS = 512
+DENSE_TOKENS = 2048
 DENSE_BYTES = 2**31  # a larger matrix is never written
 
 

@@ -17,9 +17,10 @@ from frodkernels.reference.sparse_core import accumulator, new_features
 FORWARD = "sparse_core"
 BACKWARD = "sparse_core_backward"
 
-# Products of an entry with a token from which the tensor-core kernels are faster on CUDA than those without: below,
-# packing the entries and filling the pipeline cost more. Modelled, by `python -m bench.roofline --dispatch`.
-TENSOR_CORE_WORK = 2 * 10**7
+# From so many tokens, and products of an entry with a token, the tensor-core kernels are the faster ones on CUDA: with
+# fewer, packing the entries and filling the pipeline cost more. Modelled, by `python -m bench.roofline --dispatch`.
+TENSOR_CORE_TOKENS = 96
+TENSOR_CORE_WORK = 15 * 10**6
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -91,7 +92,8 @@ def _backward_fake(u, z, lam, values, indptr, indices, perm, needs, token_major=
 
 
 def _worthwhile(tiles: list[Tensor] | None, features: Tensor, values: Tensor) -> list[Tensor] | None:
-    return tiles if values.numel() * features.shape[1] >= TENSOR_CORE_WORK else None
+    T = features.shape[1]
+    return tiles if T >= TENSOR_CORE_TOKENS and values.numel() * T >= TENSOR_CORE_WORK else None
 
 
 def _forward_kernel(z, lam, values, indptr, indices, perm, token_major=False, tiles=None):

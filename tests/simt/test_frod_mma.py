@@ -10,7 +10,7 @@ from frodkernels.functional import _views
 from frodkernels.ops import sparse_core as ops
 from frodkernels.reference import frod as reference
 
-T, M, N = 70, 48, 144
+T, M, N = 102, 48, 144
 
 
 @pytest.fixture
@@ -23,6 +23,7 @@ def cuda_kernels(plain, monkeypatch):
     monkeypatch.setattr(_views, "_block", block)
     monkeypatch.setattr(_backends, "_load", lambda op, name: getattr(torch.ops.simt, f"native_{op}").default)
     monkeypatch.setattr(ops, "TENSOR_CORE_WORK", 0)
+    monkeypatch.setattr(ops, "TENSOR_CORE_TOKENS", 0)
     plain.configure(sms=2)
     return plain
 
@@ -61,12 +62,12 @@ def test_every_path(cuda_kernels, dtype, path):
 
 
 def test_leading_dimensions_and_the_bare_product(cuda_kernels):
-    args, pattern, _ = layer(torch.bfloat16, (2, 35))
+    args, pattern, _ = layer(torch.bfloat16, (2, 51))
     whole = fk.frod_linear(*args, pattern, path="activation")
-    flat = fk.frod_linear(args[0].reshape(70, N), *args[1:], pattern, path="activation")
-    assert torch.equal(whole.reshape(70, M), flat)
+    flat = fk.frod_linear(args[0].reshape(102, N), *args[1:], pattern, path="activation")
+    assert torch.equal(whole.reshape(102, M), flat)
     core = fk.sparse_core(args[0], args[3], args[4], pattern)
-    assert core.shape == (2, 35, N) and core.is_contiguous()
+    assert core.shape == (2, 51, N) and core.is_contiguous()
 
 
 def test_tiles_are_made_once_and_not_while_tracing(cuda_kernels, monkeypatch):
@@ -91,6 +92,10 @@ def test_little_work_goes_to_the_other_kernels(cuda_kernels, monkeypatch):
     fk.frod_linear(*args, pattern, path="activation")
     assert not any("mma" in name for name in cuda_kernels.launches())
     monkeypatch.setattr(ops, "TENSOR_CORE_WORK", pattern.nnz * T)
+    monkeypatch.setattr(ops, "TENSOR_CORE_TOKENS", T + 1)
+    fk.frod_linear(*args, pattern, path="activation")
+    assert not any("mma" in name for name in cuda_kernels.launches())
+    monkeypatch.setattr(ops, "TENSOR_CORE_TOKENS", T)
     fk.frod_linear(*args, pattern, path="activation")
     assert any("mma" in name for name in cuda_kernels.launches())
 

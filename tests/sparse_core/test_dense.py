@@ -51,7 +51,7 @@ def test_the_choice():
     assert dense.wins(entries=n2 // 10, **at)
     for dtype in (torch.float16, torch.float32, torch.float64):
         assert not dense.wins(entries=n2, **at | dict(dtype=dtype))
-    for refused in (dict(T=256), dict(rows=2**20, columns=2**12)):
+    for refused in (dict(T=1024), dict(rows=2**20, columns=2**12)):
         assert not dense.wins(entries=n2, **at | refused)
 
 
