@@ -74,7 +74,9 @@ test: setup simt
 bench: setup
 	$(BIN)/python -m bench $(BENCH_ARGS)
 
-kernels: setup simt
+# Standard output is JSON and nothing else.
+kernels:
+	@$(MAKE) --no-print-directory setup simt 1>&2
 	@$(BIN)/python -m bench.kernels $(KERNELS_ARGS)
 
 bench-gpu: setup
