@@ -64,6 +64,7 @@ def _ours(case: Case, mode: str) -> Contestant:
     runs: dict[str, Callable[[], Any]] = {
         "forward": lambda: _views.product(z, lam, values, rows),
         "transpose": lambda: _views.product(u, lam, values, columns),
+        "parameters": lambda: _views.gradients(u, z, lam, values, columns, PARAMETERS)[1:],
         "backward": lambda: _views.gradients(u, z, lam, values, columns, [True, True, True]),
     }
     return sparse_core._without_grad(runs[mode], NAMES[mode])
@@ -86,28 +87,41 @@ def _kernel(case: Case, mode: str, tiled: bool) -> Contestant:
     runs: dict[str, Callable[[], Any]] = {
         "forward": lambda: forward(z, lam, values, *rows[:3], False, row_tiles),
         "transpose": lambda: forward(u, lam, values, *columns[:3], False, column_tiles),
+        "parameters": lambda: backward(u, z, lam, values, *columns[:3], PARAMETERS, False, column_tiles)[1:],
         "backward": lambda: backward(u, z, lam, values, *columns[:3], needs, False, column_tiles),
     }
     return sparse_core._without_grad(runs[mode], NAMES[mode], "tensor cores" if row_tiles else "fused multiply-add")
 
 
-NAMES = {"forward": ("w",), "transpose": ("dz",), "backward": sparse_core.GRADIENTS}
+NAMES = {
+    "forward": ("w",), "transpose": ("dz",), "parameters": ("dlam", "dvalues"), "backward": sparse_core.GRADIENTS
+}  # fmt: skip
+PARAMETERS = [False, True, True]  # needs
 
 
-def transpose_truth(case: Case) -> _truth.Truth:
-    """(S + diag lam)^T u, the product of a backward that trains nothing."""
+def core_truth(case: Case, mode: str) -> _truth.Truth:
+    """Besides the modes of the CPU benchmarks: "transpose", (S + diag lam)^T u, the product of a backward that trains
+    nothing; "parameters", the gradients of lam and values alone, of a layer whose input needs none."""
 
     def answers(dtype: torch.dtype) -> _truth.Answers:
         acc = torch.float64 if dtype == torch.float64 else torch.float32
-        return {"dz": (_truth._middle(case, acc).t() @ case.u.to(acc)).to(dtype)}
+        if mode == "transpose":
+            return {"dz": (_truth._middle(case, acc).t() @ case.u.to(acc)).to(dtype)}
+        return _truth._parameters(case.u.to(acc) @ case.z.to(acc).t(), case, dtype)
 
-    return answers
+    return answers if mode in ("transpose", "parameters") else _truth.core(case, mode)
 
 
 def _plain(case: Case, mode: str, form: str) -> Contestant:
-    if mode != "transpose":
+    if mode not in ("transpose", "parameters"):
         return sparse_core._plain(case, mode, form)
-    plan, u, lam, values = plain.Plan(case), case.u, case.lam, case.values
+    plan, z, u, lam, values = plain.Plan(case), case.z, case.u, case.lam, case.values
+    if mode == "parameters":
+        entries: dict[str, Callable[[], Any]] = {
+            "csr": lambda: (*reversed(plain.csr_entries(plan, u, z)),),
+            "dense": lambda: (*reversed(plain.dense_entries(plan, u @ z.t())),),
+        }
+        return sparse_core._without_grad(entries[form], NAMES[mode], form)
     if form == "csr":
         run: Callable[[], Tensor] = lambda: plain.csr_product(plan, u, lam, values, plan.transposed)  # noqa: E731
     else:
@@ -148,7 +162,7 @@ def _layer_once(case: Case, mode: str) -> Contestant:
 
 def _core_group(job: Job, case: Case, compile: bool) -> Group:
     mode, device = job.mode, case.device.type
-    stream = "forward" if mode == "transpose" else mode
+    stream = {"transpose": "forward", "parameters": "backward"}.get(mode, mode)
     makers: dict[str, Callable[[], Contestant]] = {
         FLOOR: lambda: sparse_core._floor(case, stream),
         "auto": lambda: _ours(case, mode),
@@ -159,11 +173,13 @@ def _core_group(job: Job, case: Case, compile: bool) -> Group:
         "torch:dense": lambda: _plain(case, mode, "dense"),
         "torch:csr": lambda: _plain(case, mode, "csr"),
     }
-    if mode != "transpose":  # PEFT and autograd have no transpose by itself
+    if mode in sparse_core.MODES:  # PEFT and autograd have no transpose and no parameters' gradients by themselves
         makers["peft"] = lambda: sparse_core._peft(case, mode)
         if compile:
             makers["compile"] = lambda: sparse_core._compiled(case, mode)
-    truth = transpose_truth(case) if mode == "transpose" else _truth.core(case, mode)
+    if mode == "parameters":
+        del makers["dense:once"]  # the same as torch:dense: no matrix is needed
+    truth = core_truth(case, mode)
     entries = tuple(Entry(name, make) for name, make in makers.items())
     return Group(job.op, mode, job.shape, case.dtype, truth, entries, sparse_core._least_bytes(case, stream))
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -21,13 +20,14 @@ import torch
 import frodkernels as fk
 from bench._machine import ROOT
 from frodkernels import _native, _ops
+from tests.simt import coverage
 
 # features, tokens, density: decode, odd, one past a tile, several feature blocks; sparse as adapters are, and full rows
 SIZES = [(19, 1, 0.3), (33, 7, 0.5), (129, 65, 0.05), (130, 257, 0.02), (515, 129, 0.01), (640, 513, 0.01)]
 SMALL_BLOCK = 128  # features of a block of the tensor-core plan; the device's own choice is the other one
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # these compute nothing on a device
-NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles", "native_tile_block"}
+NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles", "native_tile_block", "native_why_not"}
 
 
 def native_ops(device: str) -> list[str]:
@@ -82,10 +82,7 @@ def uncovered(device: str) -> list[str]:
 
 def declared_kernels() -> set[str]:
     """The names of the ``__global__`` functions in csrc/cuda."""
-    text = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu*")))
-    text = re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.DOTALL)
-    text = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", "", text)
-    return set(re.findall(r"__global__\s+(?:static\s+)?void\s+([A-Za-z_]\w*)\s*\(", text))
+    return set(coverage.kernels_of(ROOT / "csrc" / "cuda"))
 
 
 def call_all(device: torch.device, few: bool = False) -> int:

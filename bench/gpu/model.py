@@ -8,6 +8,7 @@ Modelled numbers are labelled as such wherever they stand. The model's records c
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +21,16 @@ NAME, TITLE = "model", "Model against measurement"
 AGAIN = True
 
 Pair = dict[str, Any]
+MODES = ("forward", "transpose", "parameters", "backward")
+# The parts that the model's constants describe, by their names in the driver: PCIe and NVL cards, other memories,
+# mobile and cut-down chips, and slices of a card are other devices.
+PARTS = {
+    "A100": r"A100-SXM\d?-80GB",
+    "H100": r"H100 (SXM\d? )?80GB HBM3",
+    "L40S": r"L40S",
+    "RTX 4090": r"RTX 4090",
+    "B200": r"B200",
+}
 SHORT = {"bf16": "bfloat16", "f16": "float16", "fp16": "float16", "f32": "float32", "fp32": "float32"}
 
 
@@ -32,12 +43,14 @@ def budget(options: Options) -> float:
 
 
 def inputs(report: dict[str, Any]) -> dict[str, Any]:
-    """The sparse core's rows of stage "micro" and the machine's name."""
+    """The sparse core's rows of stage "micro", and the machine's name and compute capability."""
     records = report["stages"].get("micro", {})
     rows = [
         row for one in records.values() for row in one.get("data", {}).get("rows", []) if row["op"] == "sparse_core"
     ]
-    return {"rows": rows, "machine": report["header"].get("machine", "")}
+    gpus = report["stages"].get("machine", {}).get("gpu", {}).get("data", {}).get("devices", [])
+    capability = 10 * gpus[0]["major"] + gpus[0]["minor"] if gpus else None
+    return {"rows": rows, "machine": report["header"].get("machine", ""), "capability": capability}
 
 
 def read_records(text: str) -> list[dict[str, Any]]:
@@ -52,20 +65,25 @@ def read_records(text: str) -> list[dict[str, Any]]:
 
 
 def mode_of(one: dict[str, Any]) -> str | None:
-    """forward, backward or transpose; from the record's mode, else from the name of its kernel or op."""
-    text = " ".join(str(one.get(key, "")) for key in ("mode", "op", "kernel", "name")).lower()
-    if "backward" in text or "gradient" in text:
-        return "backward"
-    if "transpose" in text:
-        return "transpose"
-    return "forward" if any(word in text for word in ("forward", "product", "sparse_core")) else None
+    """What the record's time is of, in the words of stage "micro"."""
+    mode = str(one.get("mode", one.get("op", "")))
+    return mode if mode in MODES else None
 
 
 def is_this(device: str, machine: str) -> bool:
-    """Whether the model's device ("A100", "RTX 4090", "H100 SXM") is the machine's ("NVIDIA A100-SXM4-80GB")."""
-    words = device.lower().replace("-", " ").split()
-    here = machine.lower().replace("-", " ").split()
-    return bool(words) and all(word in here for word in words if any(c.isdigit() for c in word))
+    """Whether the model's ``device`` ("A100") is the part that the driver names ("NVIDIA A100-SXM4-80GB")."""
+    return device in PARTS and re.fullmatch(rf"(NVIDIA )?(GeForce )?({PARTS[device]})", machine.strip()) is not None
+
+
+def nearest(devices: list[str], machine: str, capability: int | None) -> str:
+    """The model's device that is most like the machine: of its name, else of its generation; "none" without one."""
+    from bench.roofline.devices import BY_NAME
+
+    alike = [name for name in devices if re.search(rf"\b{re.escape(name)}\b", machine)]
+    if capability is not None:
+        alike += [name for name in devices if name in BY_NAME and BY_NAME[name].arch == capability]
+        alike += [name for name in devices if name in BY_NAME and BY_NAME[name].arch // 10 == capability // 10]
+    return alike[0] if alike else "none"
 
 
 def serves(one: dict[str, Any], impl: str) -> bool:
@@ -113,20 +131,20 @@ def run(item: str, options: Options, mark: Mark) -> Record:
     if not any((ROOT / "bench" / name).exists() for name in ("roofline.py", "roofline/__main__.py")):
         raise Unavailable("there is no bench.roofline in this tree")
     mark("python -m bench.roofline --json")
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.roofline", "--json"], cwd=ROOT, capture_output=True, text=True, timeout=500
-    )
+    line = [sys.executable, "-m", "bench.roofline", "--json"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=options.scale * 500)
     if done.returncode:
         raise RuntimeError(f"bench.roofline ended with status {done.returncode}: {done.stderr.strip()[-300:]}")
     records = read_records(done.stdout)
-    rows = options.inputs.get("rows", [])
-    pairs = join(records, rows, options.inputs.get("machine", ""))
+    rows, machine = options.inputs.get("rows", []), options.inputs.get("machine", "")
+    pairs = join(records, rows, machine)
     devices = sorted({str(one.get("device", "?")) for one in records})
     data = {"pairs": pairs, "modelled": len(records), "measured": len(rows), "devices": devices}
+    if not any(is_this(device, machine) for device in devices):
+        like = nearest(devices, machine, options.inputs.get("capability"))
+        return record(OK, f"{len(records)} modelled times, none of this device; nearest model: {like}", **data)
     if not pairs:
-        return record(
-            OK, f"{len(records)} modelled times ({', '.join(devices)}), none for what was measured here", **data
-        )
+        return record(OK, f"{len(records)} modelled times, none for what was measured here", **data)
     middle = statistics.median(pair["ratio"] for pair in pairs if pair["ratio"])
     return record(OK, f"{len(pairs)} pairs; measured / modelled: median {middle:.2f}", **data)
 

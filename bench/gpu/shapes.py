@@ -83,17 +83,17 @@ class Job:
 
 
 def jobs(dry_run: bool = False, quick: bool = False) -> list[Job]:
-    """bfloat16 first, the adapters' own case; float16 and float32 after it, the sweep in between."""
+    """bfloat16 first, the adapters' own case; float16 and float32 after it, the sweep in between. The gradients of the
+    parameters alone are in bfloat16 only, for the comparison with their model."""
     if dry_run:
-        modes = ("forward", "transpose", "backward")
+        modes = ("forward", "transpose", "parameters", "backward")
         found = [Job("sparse_core", mode, shape, "float32") for shape in DRY_CORE for mode in modes]
         return found + [Job("frod_linear", "step", shape, "float32") for shape in DRY_LAYERS]
     core, sweep, layers = (QUICK_CORE, QUICK_SWEEP, QUICK_LAYERS) if quick else (CORE, SWEEP, LAYERS)
     found = []
     for dtype in ("bfloat16", "float32") if quick else ("bfloat16", "float16", "float32"):
-        found += [
-            Job("sparse_core", mode, shape, dtype) for shape in core for mode in ("forward", "backward", "transpose")
-        ]
+        modes = ("forward", "backward", "transpose", *(["parameters"] if dtype == "bfloat16" else []))
+        found += [Job("sparse_core", mode, shape, dtype) for shape in core for mode in modes]
         found += [Job("frod_linear", mode, shape, dtype) for shape in layers for mode in ("step", "forward")]
         if dtype != "float16":
             found += [Job("sparse_core", mode, shape, dtype) for shape in sweep for mode in ("forward", "backward")]

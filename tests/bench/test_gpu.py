@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench._interleave import Contestant
-from bench.gpu import clock, groups, launches, machine, micro, model, sanitizer, shapes, tasks, tests, training
+from bench.gpu import clock, groups, launches, machine, micro, sanitizer, shapes, tasks, tests, training
 from bench.gpu import report as reports
 from bench.gpu.__main__ import STAGES
 from bench.gpu.stage import Options, Unavailable
@@ -157,13 +157,13 @@ def test_the_jobs_cover_what_is_promised():
     sizes = {(job.shape.T, job.shape.n, job.shape.nnz) for job in jobs if job.op == "sparse_core"}
     assert {(8192, 4096, 167_772), (4608, 9216, 849_346)} <= sizes
     assert {job.dtype for job in jobs} == {"bfloat16", "float16", "float32"}
-    assert {job.mode for job in jobs} == {"forward", "backward", "transpose", "step"}
+    assert {job.mode for job in jobs} == {"forward", "backward", "transpose", "parameters", "step"}
     assert {0.005, 0.01, 0.1} <= {job.shape.rate for job in jobs}
     assert 0 < len(shapes.jobs(quick=True)) < len(jobs) / 3
     assert {job.id for job in shapes.jobs(quick=True)} <= {job.id for job in jobs}
 
 
-@pytest.mark.parametrize("mode", ["forward", "transpose", "backward"])
+@pytest.mark.parametrize("mode", ["forward", "transpose", "parameters", "backward"])
 def test_a_wrong_answer_gets_no_time(mode, monkeypatch):
     right = groups._ours
     monkeypatch.setattr(groups, "_ours", lambda case, mode: _scaled(right(case, mode)))
@@ -346,7 +346,7 @@ def test_every_native_operator_is_launched():
     assert launches.native_ops("cpu") and not launches.uncovered("cpu") and not launches.uncovered("cuda")
 
 
-# ---- tests and model -------------------------------------------------------------------------------------------------
+# ---- tests -----------------------------------------------------------------------------------------------------------
 
 
 def test_pytests_results_are_read(tmp_path):
@@ -366,28 +366,6 @@ def test_pytests_results_are_read(tmp_path):
 def test_the_files_of_the_test_stage_exist():
     for arguments, _, _ in (*tests.RUNS.values(), *tests.DRY_RUNS.values()):
         assert (ROOT / arguments[0]).exists(), arguments[0]
-
-
-def test_model_and_measurement_are_joined():
-    row = dict(op="sparse_core", impl="native", mode="backward", n=4096, T=8192, nnz=167772, dtype="bfloat16", ms="0.5")
-    one = dict(kernel="gradient_mma", device="H100", n=4096, T=8192, nnz=167772, dtype="bfloat16", modelled_us=250.0)
-    changes = (
-        {"device": "A100"},
-        {"kernel": "product_mma"},
-        {"T": 4608},
-        {"dtype": "f32"},
-        {"tiles": False},
-        {"n": None},
-    )
-    others = [{**one, **change} for change in changes]
-    pairs = model.join([*others, one], [row, {**row, "impl": "peft"}, {**row, "ms": ""}], "NVIDIA H100 80GB HBM3")
-    assert [(pair["measured_us"], pair["modelled_us"], pair["ratio"]) for pair in pairs] == [(500.0, 250.0, 2.0)]
-    assert model.read_records(json.dumps([one])) == model.read_records(json.dumps({"records": [one]})) == [one]
-    assert model.read_records(f"{json.dumps(one)}\n{json.dumps(one)}\n") == [one, one]
-    assert model.is_this("RTX 4090", "NVIDIA GeForce RTX 4090") and not model.is_this("RTX 4090", "NVIDIA RTX 6000")
-    assert model.is_this("A100", "NVIDIA A100-SXM4-80GB") and not model.is_this("H100", "NVIDIA H200")
-    found = {"comparison": {"status": "ok", "summary": "1 pair", "data": {"pairs": pairs}}}
-    assert "modelled" in model.render(found) and "2.00" in model.render(found)
 
 
 def test_training_items_are_processes_of_their_own():
