@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tensor-core kernels of the sparse core, run by the executor: right, exact about infinities, repeatable, clean."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -87,13 +89,45 @@ def test_every_plan(plain, n, density, block, sms, shared):
     check(plain, case, block)
 
 
+def gradient_blocks(module, case, tiles):
+    """Thread blocks of the gradient kernel; few of them run, so the results are no gradients."""
+    module.reset()
+    ops(module).native_sparse_core_backward(*case.backward, [False, True, True], False, tiles)
+    (grid,) = (k["grid"] for name, k in module.kernels().items() if base_name(name) == "gradient_mma_kernel")
+    return grid
+
+
+def test_splits_of_the_tokens_have_a_bound_on_their_memory(plain):
+    """On a device so large that every further split would pay, 64 MiB of partial sums are the limit."""
+    n = 2304
+    g = torch.Generator().manual_seed(0)
+    rows, cols = (torch.rand(n, n, generator=g) < 0.05).nonzero(as_tuple=True)
+    pattern = fk.SparsePattern(rows, cols, (n, n))
+    tiles = list(pattern.tiles(True, 128))
+    slots = 64 * int(tiles[2][-1, -1])  # partial sums of a split: 64 a step
+    most = (64 << 20) // (4 * slots)
+    assert 1 < most <= 32, "with more, the bound of 64 splits would be met first"
+    case = make_case(n, n, 32 * 2 * most, "empty", torch.bfloat16)  # fewer splits have more than two tiles of tokens
+    case.pattern, case.values = pattern, torch.ones(rows.numel())
+    few = dataclasses.replace(case, u=case.u[:, :32].contiguous(), z=case.z[:, :32].contiguous())  # one tile, one split
+    plain.configure(sms=100000, sample={name: 1000 for name in KERNELS})
+    assert gradient_blocks(plain, case, tiles) == most * gradient_blocks(plain, few, tiles)
+
+
 @pytest.mark.parametrize("capability, shared, columns, block", [
     (80, 166912, 4096, 1024), (80, 166912, 100, 128), (90, LARGE, 4096, 1408), (90, LARGE, 9216, 1536),
-    (86, SMALL, 3072, 640), (75, 40000, 4096, 128), (75, 20000, 4096, 0),
+    (86, SMALL, 3072, 640), (80, 40000, 4096, 128), (80, 20000, 4096, 0), (75, 65536, 4096, 0),
 ])  # fmt: skip
 def test_blocks_fit_the_device(plain, capability, shared, columns, block):
     plain.configure(capability=capability, shared_per_block=shared)
     assert torch.ops.simt.native_tile_block(torch.empty(0), columns) == block
+
+
+def test_a_device_that_cannot_run_them_says_so(plain):
+    for capability, reason in ((75, "older than compute capability 8.0"), (80, ""), (120, "")):
+        plain.configure(capability=capability)
+        assert reason in torch.ops.simt.native_why_not(torch.empty(0))
+        assert bool(reason) == bool(torch.ops.simt.native_why_not(torch.empty(0)))
 
 
 def test_every_block_up_to_the_limit_can_be_launched(plain):
@@ -157,6 +191,45 @@ def test_infinities_reach_the_rows_that_have_them_and_no_others(plain, bad, dtyp
         torch.testing.assert_close(ours[fine], torchs[fine], rtol=0.05, atol=0.1)  # exact bars: the finite tests
 
 
+# Alone in each of the four chunks of eight tokens of a tile, so that no other one has its group summed again.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("token", [3, 12, 21, 30, 35, 44, 53, 62])
+def test_an_infinity_in_any_token_is_noticed(plain, token, dtype):
+    case = make_case(67, 67, 64, "random", dtype, torch.float32)
+    case.z[5, token] = case.u[11, token] = float("inf")
+    w, dz = outputs(plain, case)[:2]
+    views = (w, reference.sparse_core(*case.forward)), (dz, reference.sparse_core(*case.transpose))
+    for ours, torchs in views:
+        assert torch.isinf(torchs).any() and torch.isfinite(torchs[:, token]).any()
+        assert torch.equal(ours.isnan(), torchs.isnan()) and torch.equal(ours.isinf(), torchs.isinf())
+
+
+def check_products(module, case):
+    w, dz = outputs(module, case)[:2]
+    assert_no_worse_than_torch(w, case.exact_forward(), reference.sparse_core(*case.forward))
+    assert_no_worse_than_torch(dz, case.exact_transpose(), reference.sparse_core(*case.transpose))
+
+
+@pytest.mark.parametrize("large", ["lam", "values"])
+def test_float16_is_scaled_by_the_larger_of_diagonal_and_entries(plain, large):
+    case = make_case(67, 67, 40, "random", torch.float16, torch.float32)
+    case.lam *= 1e3 if large == "lam" else 1e-3
+    case.values *= 1e3 if large == "values" else 1e-3
+    check_products(plain, case)
+
+
+# The parameters are looked through by 64 thread blocks of 256 threads: another warp, another block, the last block, a
+# second turn of the loop.
+@pytest.mark.parametrize("n, index", [(67, 0), (67, 100), (67, 500), (67, -1), (350, 16200), (350, 17000)])
+def test_float16_is_scaled_by_the_largest_entry_wherever_it_is(plain, n, index):
+    case = make_case(n, n, 32, "random", torch.float16, torch.float32)
+    case.lam *= 1e-3
+    case.values *= 1e-3
+    case.values[index] = 3e3
+    assert case.values.numel() > max(index, 300)
+    check_products(plain, case)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 3e4, 1e9, 1e30])
 def test_float16_takes_parameters_of_any_size(plain, scale):
     case = make_case(67, 67, 40, "random", torch.float16, torch.float32)
@@ -170,6 +243,20 @@ def test_float16_takes_parameters_of_any_size(plain, scale):
         assert_no_worse_than_torch(got, case.exact_forward(), want)
     else:
         assert torch.equal(got.isfinite(), want.isfinite())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_stay_accurate(plain, dtype):
+    """The executor's tensor cores cut their sums towards zero: over all tokens that would be a bias."""
+    plain.configure(sms=1)
+    case = make_case(24, 24, 12000, "random", dtype, torch.float32)
+    case.u, case.z = case.u.abs(), case.z.abs()  # sums that only grow
+    got = torch.ops.simt.native_sparse_core_backward(
+        *case.backward, [False, True, True], False, list(case.pattern.tiles(True, 128))
+    )
+    want = reference.sparse_core_backward(*case.backward, ALL)
+    for ours, right, torchs in zip(got[1:], case.exact_backward()[1:], want[1:], strict=True):
+        assert_no_worse_than_torch(ours, right, torchs)
 
 
 def test_infinite_parameters(plain):
