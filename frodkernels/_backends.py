@@ -45,7 +45,7 @@ def unavailable(op: str, device: str, name: str) -> str | None:
             return _native.why_not() or "the native library is not loaded"
         if not _ops.native_serves(op, device):
             return f"the native library has no {device} kernel of {op}"
-        return None
+        return _native.cuda_why_not() if device == "cuda" else None
     if device not in DEVICES:
         return f"the triton kernels do not run on {device}"
     if not _has_triton():

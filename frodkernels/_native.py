@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 DISABLE = "FRODKERNELS_DISABLE_NATIVE"
 OLDEST_TORCH = (2, 10)
@@ -56,3 +57,20 @@ def why_not() -> str | None:
 def load() -> bool:
     """Load the native library if it is there and fits. Idempotent; never raises; :func:`why_not` has the reason."""
     return why_not() is None
+
+
+_cuda_reasons: dict[int, str] = {}
+
+
+def cuda_why_not() -> str | None:
+    """Why the current CUDA device cannot run the library's kernels; None when it can, or when there is none to ask."""
+    if not torch.cuda.is_available():
+        return None
+    index = torch.cuda.current_device()
+    if index not in _cuda_reasons:
+        like = torch.empty(0, device="cuda")
+        if isinstance(like, FakeTensor):  # no device to ask, and not an answer to remember
+            return None
+        reason = torch.ops.frodkernels.native_why_not(like)
+        _cuda_reasons[index] = reason and f"the native kernels do not run on {torch.cuda.get_device_name()}: {reason}"
+    return _cuda_reasons[index] or None

@@ -43,9 +43,7 @@ class _TileStore:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._made: dict[tuple[bool, int], dict[torch.device, Tiles]] = {}
-
-    def ready(self, pattern: SparsePattern, transpose: bool, block: int) -> Tiles:
-        return self._made.get((transpose, block), {}).get(pattern.device, ())
+        self.last: dict[tuple[bool, torch.device], Tiles] = {}
 
     def get(self, pattern: SparsePattern, transpose: bool, block: int) -> Tiles:
         made = self._made.get((transpose, block), {}).get(pattern.device)
@@ -58,6 +56,7 @@ class _TileStore:
                 if made is None:
                     made = _build_tiles(pattern.to("cpu"), transpose, block)
                 copies[pattern.device] = tuple(t.to(pattern.device) for t in made)
+            self.last[transpose, pattern.device] = copies[pattern.device]
             return copies[pattern.device]
 
 
@@ -281,9 +280,9 @@ class SparsePattern:
             block: features of a feature block, a multiple of 128 up to 4096.
 
         Returns:
-            ``(row_order, feature_order, step_ptr, meta, source, jobs, job_ptr)`` on this pattern's device; ``()`` where
-            the pattern is too large for the format (more than 65535 columns of the view, 2^24 cells, or 2^31 - 1
-            entries with the diagonal) or the native library is not there.
+            ``(row_order, feature_order, step_ptr, words, source, jobs, job_ptr)`` on this pattern's device; ``()``
+            where the pattern is too large for the format (more than 65535 columns of the view, 2^24 cells, or
+            2^31 - 1 entries with the diagonal) or the native library is not there.
 
         Raises:
             ValueError: a block that is no multiple of 128 up to 4096.
@@ -292,9 +291,9 @@ class SparsePattern:
             raise ValueError(f"block must be a multiple of {_BLOCK_UNIT} up to {_TILED_BLOCK}, got {block}")
         return self._tiles.get(self, bool(transpose), block)
 
-    def ready_tiles(self, transpose: bool, block: int) -> tuple[Tensor, ...]:
-        """What :meth:`tiles` would return, if it has been asked for on this device before; else ``()``."""
-        return self._tiles.ready(self, transpose, block)
+    def ready_tiles(self, transpose: bool) -> tuple[Tensor, ...]:
+        """What :meth:`tiles` returned last for this view and device, or ``()``. Builds nothing: it can be traced."""
+        return self._tiles.last.get((transpose, self._device), ())
 
     def __deepcopy__(self, memo: dict) -> SparsePattern:
         return self  # immutable: copies of a model go on sharing it

@@ -10,6 +10,7 @@
 //   memory gpu::load<V>(p), gpu::store(p, v)                       one access of sizeof(V) bytes, p aligned to it
 //   gpu::device()                                           what the current device offers; cached
 //   gpu::launch_error()                                     after launches: nullptr, or what went wrong
+//   gpu::loading_error(kernel)                              nullptr, or why the current device cannot run the kernel
 #pragma once
 #if defined(SIMT_EMU)
 
@@ -64,6 +65,11 @@ void allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
 
 inline const char* launch_error() { return nullptr; }  // a fault is an exception
 
+template <class... Parameters>
+const char* loading_error(void (*)(Parameters...)) {
+  return nullptr;
+}
+
 #else
 
 template <class V>
@@ -103,6 +109,14 @@ void allow_shared(void (*kernel)(Parameters...), int64_t bytes) {
     (void)cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(bytes));
   }
+}
+
+template <class... Parameters>
+const char* loading_error(void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+  (void)cudaGetLastError();  // it has been reported here
+  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 
 inline const char* launch_error() {

@@ -26,29 +26,17 @@ __device__ __forceinline__ int chunk_offset(int position, int chunk) {
   return position * kFeatureBytes + ((chunk ^ (position >> 1)) & (kChunks - 1)) * 16;
 }
 
-// Where features come from: rows of [features, T], `stride` elements apart. `aligned`: every row starts on 16 bytes.
+// Where features come from: rows of [features, T], `stride` elements apart, each starting on 16 bytes.
 struct Source16 {
   const uint16_t* data;
   int64_t T, stride;
-  bool aligned;
 };
 
-// Eight tokens from t of feature f to shared memory; zeros beyond T. Asynchronous where rows are aligned.
+// Eight tokens from t of feature f to shared memory, asynchronously; zeros beyond T.
 __device__ __forceinline__ void copy_chunk(char* to, const Source16& from, int64_t f, int64_t t) {
   const int64_t left = from.T - t;
   const int live = left >= 8 ? 8 : left > 0 ? static_cast<int>(left) : 0;
-  const uint16_t* row = from.data + f * from.stride + (live > 0 ? t : 0);
-  if (from.aligned) {
-    ptx::cp_async<16>(to, row, live * 2);
-    return;
-  }
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t low = 2 * i < live ? row[2 * i] : 0, high = 2 * i + 1 < live ? row[2 * i + 1] : 0;
-    words[i] = low | high << 16;
-  }
-  gpu::store(to, make_uint4(words[0], words[1], words[2], words[3]));
+  ptx::cp_async<16>(to, from.data + f * from.stride + (live > 0 ? t : 0), live * 2);
 }
 
 // The block's features, tokens [t, t + kTokens), by kThreads threads. `order` is the block's feature_order. Four

@@ -63,6 +63,9 @@ struct Gradient {
   int64_t T = 0, in_stride = 0, z_stride = 0;
 };
 
+// Why the current device cannot run these kernels; nullptr: it can.
+const char* why_not();
+
 // Fused multiply-add kernels: every dtype, every T, every pattern. float64 is summed in float64, all else in float32.
 // `scratch` is null or holds product_fma_scratch(a) bytes, aligned to 32 (0: none would be used); with it, features
 // pass through shared memory. Whether there is scratch decides the kernel, and so the order of the sums.

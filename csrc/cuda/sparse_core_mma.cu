@@ -10,6 +10,8 @@
 namespace frodkernels::cuda {
 namespace {
 
+constexpr int kLeastCapability = 80;   // cp.async, mma of bfloat16
+constexpr int64_t kTilesInChain = 64;  // added up one by one; splits are joined in double
 constexpr int64_t kMostSplits = 64, kPartialBytes = int64_t(64) << 20;
 
 int64_t product_shared(int64_t block) {
@@ -20,17 +22,13 @@ int64_t gradient_shared(int64_t block, int jobs) {
   return 2 * block * kFeatureBytes + kGradientWarps * jobs * kCellBytes;
 }
 
-bool aligned(const void* data, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
-}
-
 // How many row blocks to cut the groups in: each must fit the accumulators; more than that where it fills the last
 // round of the grid better. A round costs the features' way to shared memory besides its share of the entries.
 int row_blocks(const Tiles& tiles, int64_t token_tiles, int64_t sms) {
   const int64_t most = kProductWarps * kProductGroups, least_blocks = (tiles.groups + most - 1) / most;
   int64_t best = least_blocks;
   double best_cost = 1e300;
-  for (int64_t r = least_blocks; r <= std::max(least_blocks, tiles.groups / kProductWarps); ++r) {
+  for (int64_t r = least_blocks; r <= std::max(least_blocks, (tiles.groups + kProductWarps - 1) / kProductWarps); ++r) {
     const double rounds = double((token_tiles * r + sms - 1) / sms);
     const double gathers = double(tiles.steps) / double(r) * (kStepSlots / 8) * kChunks * 1.3;
     const double copies = double(tiles.blocks * tiles.block) * kFeatureBytes / 128;
@@ -63,10 +61,8 @@ const char* run_product(const Product& a, const Tiles& tiles, void* scratch, CUs
   p.packed = packed;
   p.row_blocks = row_blocks(tiles, token_tiles, device.sms);
   p.items = static_cast<int>(token_tiles * p.row_blocks);
-  p.item_groups = static_cast<int>((tiles.groups + p.row_blocks - 1) / p.row_blocks);
+  p.rounds = static_cast<int>((tiles.groups + kProductWarps - 1) / kProductWarps);
   p.blocks = static_cast<int>(tiles.blocks);
-  p.in_aligned = aligned(a.in, a.in_stride);
-  p.out_aligned = aligned(a.out, a.out_stride);
   gpu::allow_shared(product_mma_kernel<scalar_t>, shared);
   const unsigned grid = static_cast<unsigned>(std::min(p.items, device.sms));
   SIMT_LAUNCH((product_mma_kernel<scalar_t>), grid, kProductThreads, shared, stream, p);
@@ -78,13 +74,16 @@ int64_t gradient_chunks(const Tiles& tiles, int jobs) {
   return tiles.job_count / (kGradientWarps * jobs) + tiles.blocks;
 }
 
-// Token splits: what fills whole rounds of the device, by shapes and the device's size alone.
+// Token splits: what fills whole rounds of the device, by shapes and the device's size alone; and enough of them for
+// sums of many tokens to stay accurate, as far as memory for them goes.
 int64_t gradient_splits(int64_t T, const Tiles& tiles, int jobs) {
   const int64_t token_tiles = (T + kTokens - 1) / kTokens, chunks = gradient_chunks(tiles, jobs);
   const int64_t sms = std::max(gpu::device().sms, 1);
   const int64_t room = std::max<int64_t>(kPartialBytes / (tiles.steps * 2 * kStepSlots * 4 + 1), 1);
-  int64_t best = 1, best_cost = INT64_MAX;
-  for (int64_t s = 1; s <= std::min({kMostSplits, room, token_tiles}); ++s) {
+  const int64_t least = std::min((token_tiles + kTilesInChain - 1) / kTilesInChain, room);
+  const int64_t most = std::max(least, std::min({kMostSplits, room, token_tiles}));
+  int64_t best = least, best_cost = INT64_MAX;
+  for (int64_t s = least; s <= most; ++s) {
     // A split starts with an empty pipeline and ends with a pass over its sums: about three tiles.
     const int64_t cost = (chunks * s + sms - 1) / sms * ((token_tiles + s - 1) / s + 3);
     if (cost < best_cost) {
@@ -102,8 +101,6 @@ const char* run_gradient(const Gradient& a, const Tiles& tiles, void* scratch, C
   p.a = a;
   p.tiles = tiles;
   p.partial = static_cast<float*>(scratch);
-  p.u_aligned = aligned(a.in, a.in_stride);
-  p.z_aligned = aligned(a.z, a.z_stride);
   gpu::allow_shared(gradient_mma_kernel<scalar_t, kJobs, kJobSteps>, shared);
   const dim3 grid(static_cast<unsigned>(gradient_chunks(tiles, kJobs)), static_cast<unsigned>(splits));
   SIMT_LAUNCH((gradient_mma_kernel<scalar_t, kJobs, kJobSteps>), grid, kGradientThreads, shared, stream, p);
@@ -129,7 +126,18 @@ int jobs_of(const Tiles& tiles) {
 
 }  // namespace
 
+const char* why_not() {
+  const int capability = gpu::device().capability;
+  if (capability == 0) {
+    const char* error = gpu::launch_error();
+    return error == nullptr ? "no CUDA device answers" : error;
+  }
+  if (capability < kLeastCapability) return "the device is older than compute capability 8.0";
+  return gpu::loading_error(largest_parameter_kernel);
+}
+
 int64_t mma_block_limit() {
+  if (gpu::device().capability < kLeastCapability) return 0;
   const int64_t most = gpu::device().shared_per_block;
   const int cells = most >= 128 * 1024 ? 4 : 3;
   int64_t block = 0;

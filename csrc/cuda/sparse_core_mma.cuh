@@ -8,16 +8,17 @@
 // Types    scalar_t = half | bf16. Parameters are rounded to scalar_t (half: after scaling all of them by one power of
 //          two that puts the largest near the top of half's range); sums are fp32, rounded once.
 // Method   A thread block keeps kTokens tokens of one feature block in shared memory and walks all feature blocks, two
-//          buffers deep; each warp holds up to kGroups groups of 8 rows in accumulators. For a step of 32 entries of a
-//          group, ldmatrix gathers 32 features (each lane names two) and transposes them into A fragments; the B
-//          fragments are built in registers from two values a lane, 8 bytes a lane and step in all.
+//          buffers deep; each warp holds up to kProductGroups groups of 8 rows in accumulators. For a step of 32
+//          entries of a group, ldmatrix gathers 32 features (each lane names two) and transposes them into A fragments;
+//          the B fragments are built in registers from two values a lane, 8 bytes a lane and step in all.
 // Grid     persistent: every block takes items (token tile, row block) in turn, row blocks of a tile side by side so
 //          that they share it in L2. 512 threads. No atomics, fixed order: two runs give the same bits.
 // Infinity and NaN: a gathered feature meets the zeros of the other seven rows in the tensor core, where inf * 0 is
 // NaN.
 //          A group whose sums are not all finite is summed again entry by entry, so they reach exactly the rows that
 //          have an entry there.
-// Needs    columns < 65535, block <= 4096 and a multiple of 128, 64 steps < 2^31, items < 2^31; offsets in features are
+// Needs    rows of in and out that start on 16 bytes and have room for T rounded up to 8; columns < 65535, block <=
+// 4096 and a multiple of 128, 64 steps < 2^31, items < 2^31; offsets in features are
 //          64-bit.
 #pragma once
 #include "cuda/mma_common.cuh"
@@ -115,8 +116,8 @@ struct ProductMma {
   const PackedHeader* header;
   const uint2* packed;  // [steps, 32]
   int items;            // token tiles * row_blocks
-  int row_blocks, item_groups, blocks;
-  bool in_aligned, out_aligned;
+  int row_blocks, blocks;
+  int rounds;  // groups / kProductWarps, rounded up
 };
 
 // Sums the group's rows for token t as the definition does.
@@ -166,17 +167,11 @@ __device__ __forceinline__ void store_group(const ProductMma& p, const float (&a
   uint32_t tokens[4];
   ptx::ldmatrix_x4_trans(tokens, stage + (chunk * 8 + ((2 * j + (r & 1)) ^ 2 * chunk)) * 16);
   __syncwarp();
-  const int64_t t = t0 + q * 8, left = p.a.T - t;
-  if (row < 0 || left <= 0) return;
-  uint16_t* to = static_cast<uint16_t*>(p.a.out) + row * p.a.out_stride + t;
-  if (p.out_aligned && left >= 8) {
-    gpu::store(to, make_uint4(tokens[0], tokens[1], tokens[2], tokens[3]));
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (i < left) to[i] = static_cast<uint16_t>(tokens[i / 2] >> i % 2 * 16);
-  }
+  // Rows have room for whole eights of tokens: what is stored beyond T are sums of zeros.
+  const int64_t t = t0 + q * 8;
+  if (row < 0 || t >= p.a.T) return;
+  gpu::store(static_cast<uint16_t*>(p.a.out) + row * p.a.out_stride + t,
+             make_uint4(tokens[0], tokens[1], tokens[2], tokens[3]));
 }
 
 // The stages of one thread block: (item, feature block) pairs in order.
@@ -188,13 +183,15 @@ struct Stages {
   __device__ int64_t token(int stage) const { return int64_t(item(stage) / p.row_blocks) * kTokens; }
 };
 
-// The groups of a warp in an item: `count` from `first`.
+// The groups of a warp in an item: `count` from `first`. Row blocks are whole rounds of the warps, so that all warps of
+// an item have equally many groups: they wait for each other after every feature block.
 struct WarpGroups {
   int first, count;
   __device__ WarpGroups(const ProductMma& p, int item) {
-    const int groups = static_cast<int>(p.tiles.groups), warp = threadIdx.x / 32;
-    const int from = min(item % p.row_blocks * p.item_groups, groups), have = min(p.item_groups, groups - from);
-    const int share = have / kProductWarps, more = have % kProductWarps;
+    const int groups = static_cast<int>(p.tiles.groups), warp = threadIdx.x / 32, row_block = item % p.row_blocks;
+    const int from = min(row_block * p.rounds / p.row_blocks * kProductWarps, groups);
+    const int to = min((row_block + 1) * p.rounds / p.row_blocks * kProductWarps, groups);
+    const int share = (to - from) / kProductWarps, more = (to - from) % kProductWarps;
     first = from + warp * share + min(warp, more);
     count = share + (warp < more);
   }
@@ -208,7 +205,7 @@ __global__ void __launch_bounds__(kProductThreads, 1) product_mma_kernel(const P
   char* stage_out = shared + 2 * buffer_bytes + threadIdx.x / 32 * kStageBytes;
   char* orders = shared + 2 * buffer_bytes + kProductWarps * kStageBytes;  // two feature orders
   const Stages stages{p};
-  const Source16 in{static_cast<const uint16_t*>(p.a.in), p.a.T, p.a.in_stride, p.in_aligned};
+  const Source16 in{static_cast<const uint16_t*>(p.a.in), p.a.T, p.a.in_stride};
   const int half = (lane >> 3 & 1) * 16;
 
   auto copy_order = [&](int stage) {

@@ -8,11 +8,10 @@
 //          `source` (csrc/tiles/tiles.h), partial fp32. Words without an entry get a meaningless number.
 // Types    scalar_t = half | bf16, products exact, sums fp32. Entries never mix, so NaN and infinity stay with theirs.
 // Method   A thread block keeps one feature block of u, kTokens tokens at a time, two buffers deep, and walks the
-// tokens
-//          of its split. Each warp owns kJobs jobs, up to kJobSteps steps of one cell each: ldmatrix gathers 32
-//          features as A fragments (rows: entries, depth: tokens), the cell's 8 rows of z are the B fragment, and the
-//          32 x 8 sums, of which the entries are picked at the end, stay in registers for all tokens.
-// Grid     x: chunks of kWarps * kJobs jobs of one feature block;  y: token splits. 384 threads. No atomics.
+//          tokens of its split. Each warp owns kJobs jobs, up to kJobSteps steps of one cell each: ldmatrix gathers
+//          32 features as A fragments (rows: entries, depth: tokens), the cell's 8 rows of z are the B fragment, and
+//          the 32 x 8 sums, of which the entries are picked at the end, stay in registers for all tokens.
+// Grid     x: chunks of kGradientWarps * kJobs jobs of one feature block;  y: token splits. 384 threads. No atomics.
 // Needs    as sparse_core_mma.cuh.
 #pragma once
 #include "cuda/mma_common.cuh"
@@ -29,7 +28,6 @@ struct GradientMma {
   Gradient a;
   Tiles tiles;
   float* partial;  // [splits, steps, 64]
-  bool u_aligned, z_aligned;
 };
 
 template <typename scalar_t, int kJobs, int kJobSteps>
@@ -53,8 +51,8 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
   const int block = static_cast<int>(p.tiles.block), buffer_bytes = block * kFeatureBytes;
   char* cells = shared + 2 * buffer_bytes + warp * kJobs * kCellBytes;
   const uint16_t* order = p.tiles.feature_order + int64_t(b) * block;  // read again for every tile: it stays in L1
-  const Source16 u{static_cast<const uint16_t*>(p.a.in), p.a.T, p.a.in_stride, p.u_aligned};
-  const Source16 z{static_cast<const uint16_t*>(p.a.z), p.a.T, p.a.z_stride, p.z_aligned};
+  const Source16 u{static_cast<const uint16_t*>(p.a.in), p.a.T, p.a.in_stride};
+  const Source16 z{static_cast<const uint16_t*>(p.a.z), p.a.T, p.a.z_stride};
   const int64_t tiles = (p.a.T + kTokens - 1) / kTokens;
   const int tile0 = static_cast<int>(tiles * blockIdx.y / gridDim.y);
   const int tile1 = static_cast<int>(tiles * (blockIdx.y + 1) / gridDim.y);
@@ -133,14 +131,19 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
         feature_offsets(offset, words[i][e]);
         // Lanes 16 .. 31 name the second 8 of 16 tokens: the four matrices are a fragment as it is.
 #pragma unroll
-        for (int m = 0; m < kChunks; m += 2) {
-          const uint32_t depth[2] = {rows[i][m], rows[i][m + 1]};
+        for (int h = 0; h < 2; ++h) {
+          // Tensor cores cut what they add to a sum, always towards zero: over thousands of tokens that is a bias. They
+          // sum a tile; tiles are added up as floats are, rounded to nearest.
+          float tile_sums[4] = {0, 0, 0, 0};
 #pragma unroll
-          for (int h = 0; h < 2; ++h) {
+          for (int m = 0; m < kChunks; m += 2) {
+            const uint32_t depth[2] = {rows[i][m], rows[i][m + 1]};
             uint32_t entries[4];
             ptx::ldmatrix_x4(entries, buffer + (offset[h] ^ half ^ m * 16));
-            ptx::mma_m16n8k16<scalar_t>(acc[i][e][h], entries, depth);
+            ptx::mma_m16n8k16<scalar_t>(tile_sums, entries, depth);
           }
+#pragma unroll
+          for (int k = 0; k < 4; ++k) acc[i][e][h][k] += tile_sums[k];
         }
       }
     }
@@ -150,7 +153,6 @@ __global__ void __launch_bounds__(kGradientThreads, 1) gradient_mma_kernel(const
     ptx::cp_async_commit();
   }
   ptx::cp_async_wait<0>();
-  __syncthreads();
 
   // From (entry, row of the cell) sums to words: lane (q, n) owns k = 2q of octet p1 and k = 2q + 1 of octet p2, row n.
   float* sums = reinterpret_cast<float*>(shared + warp * kExchangeBytes);

@@ -287,6 +287,8 @@ std::tuple<Tensor, Tensor, Tensor> sparse_core_backward(const Tensor& u, const T
 
 int64_t tile_block(const Tensor& like, int64_t columns) { return 0; }
 
+std::string why_not(const Tensor& like) { return ""; }
+
 std::string cpu_isa() { return cpu::isa_name(cpu::chosen_isa()); }
 
 }  // namespace
@@ -297,14 +299,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(frodkernels, m) {
   m.def(frodkernels::ops::kSparseCoreSchema);
   m.def(frodkernels::ops::kSparseCoreBackwardSchema);
   m.def(frodkernels::ops::kTileBlockSchema);
+  m.def(frodkernels::ops::kWhyNotSchema);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(frodkernels, CompositeExplicitAutograd, m) {
-  m.impl("native_tile_block", TORCH_BOX(&frodkernels::ops::tile_block));
   m.impl("native_cpu_isa", TORCH_BOX(&frodkernels::ops::cpu_isa));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(frodkernels, CPU, m) {
+  m.impl("native_tile_block", TORCH_BOX(&frodkernels::ops::tile_block));
+  m.impl("native_why_not", TORCH_BOX(&frodkernels::ops::why_not));
   m.impl("native_sparse_core", TORCH_BOX(&frodkernels::ops::sparse_core));
   m.impl("native_sparse_core_backward", TORCH_BOX(&frodkernels::ops::sparse_core_backward));
 }

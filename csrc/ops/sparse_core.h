@@ -27,6 +27,9 @@ inline constexpr char kSparseCoreBackwardSchema[] =
 // The feature block that tiles for features like `like` should have; 0: no kernel of its device takes tiles.
 inline constexpr char kTileBlockSchema[] = "native_tile_block(Tensor like, int columns) -> int";
 
+// Why the device of `like` cannot run the kernels registered for it, or an empty string.
+inline constexpr char kWhyNotSchema[] = "native_why_not(Tensor like) -> str";
+
 // The kernels' own name of a tensor's dtype: cpu::Scalar or cuda::Scalar.
 template <typename Scalar>
 Scalar scalar_of(const torch::stable::Tensor& t, const char* name) {

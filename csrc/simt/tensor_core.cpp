@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// mma and ldmatrix, with the fragment layouts of cuda/ptx.cuh. Products are exact, sums are kept in double and rounded
-// once: a tensor core's own rounding and order are not modelled.
+// mma and ldmatrix, with the fragment layouts of cuda/ptx.cuh. Products are exact; the sum of an mma and what it is
+// added to is kept in double and then cut to fp32 towards zero, which is how tensor cores have been found to round.
+// What they cut within one mma, and their order there, is not modelled.
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "simt/block.h"
@@ -37,6 +39,12 @@ float element(uint32_t pair, int high) {
   }
 }
 
+// The fp32 next to `sum` on the side of zero; infinities and NaN as they are.
+float cut(double sum) {
+  const float nearest = static_cast<float>(sum);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(sum) ? std::nextafterf(nearest, 0.0f) : nearest;
+}
+
 template <Element kElement>
 void mma_lanes(void** lanes, uint32_t, Warp&) {
   float a[16][16], b[16][8];
@@ -64,8 +72,8 @@ void mma_lanes(void** lanes, uint32_t, Warp&) {
     const auto& m = *static_cast<MmaLane*>(lanes[lane]);
     const int g = lane / 4, t = lane % 4 * 2;
     for (int h = 0; h < 2; ++h) {
-      m.d[h] = static_cast<float>(d[g][t + h]);
-      m.d[2 + h] = static_cast<float>(d[g + 8][t + h]);
+      m.d[h] = cut(d[g][t + h]);
+      m.d[2 + h] = cut(d[g + 8][t + h]);
     }
   }
   ++block->counts.mma;

@@ -7,11 +7,11 @@ tuple, the rows' view (CSR) first.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from frodkernels import _backends
 from frodkernels.ops import sparse_core as ops
@@ -21,34 +21,49 @@ _TILED = (torch.bfloat16, torch.float16)
 _TILED_DENSITY = 0.35  # denser ones take long to cut; Ada, the last to, is modelled to multiply densely from 0.33 on
 
 
-@functools.cache
+_blocks: dict[tuple[torch.device, int], int] = {}
+
+
 def _block(device: torch.device, columns: int) -> int:
     """Features of a feature block for the native kernels of ``device``; 0: they take no tiles."""
+    known = _blocks.get((device, columns))
+    if known is not None:
+        return known
     if device.type != "cuda" or _backends.unavailable(ops.FORWARD, device.type, "native") is not None:
         return 0
-    return torch.ops.frodkernels.native_tile_block(torch.empty(0, device=device), columns)
+    like = torch.empty(0, device=device)
+    if isinstance(like, FakeTensor):  # no device to ask, and not an answer to remember
+        return 0
+    return _blocks.setdefault((device, columns), torch.ops.frodkernels.native_tile_block(like, columns))
 
 
 def prepare(pattern: SparsePattern) -> None:
-    """Build what calls with 16-bit features on the pattern's device will need, so that no first step waits for it."""
-    _tiles(pattern, False)
-    _tiles(pattern, True)
+    """Build what calls with 16-bit features on the pattern's device will need, so that no first step waits for it.
+
+    A traced call (``torch.compile``, ``torch.export``) cannot build it, and takes slower kernels where it is missing.
+    """
+    for transpose in (False, True):
+        _built(pattern, transpose)
 
 
-def _tiles(pattern: SparsePattern, transpose: bool) -> tuple[Tensor, ...]:
-    block = _block(pattern.device, pattern.shape[0 if transpose else 1])
-    if block == 0 or pattern.density > _TILED_DENSITY:
+def _built(pattern: SparsePattern, transpose: bool) -> tuple[Tensor, ...]:
+    if pattern.density > _TILED_DENSITY:
         return ()
-    if torch.compiler.is_compiling():  # building them cannot be traced: prepare() or an eager call has done it
-        return pattern.ready_tiles(transpose, block)
-    return pattern.tiles(transpose, block)
+    block = _block(pattern.device, pattern.shape[0 if transpose else 1])
+    return pattern.tiles(transpose, block) if block else ()
+
+
+def _tiles(pattern: SparsePattern, transpose: bool, features: Tensor) -> tuple[Tensor, ...]:
+    if torch.compiler.is_compiling() or isinstance(features, FakeTensor):
+        return pattern.ready_tiles(transpose)
+    return _built(pattern, transpose)
 
 
 def both_views(pattern: SparsePattern, features: Tensor) -> tuple[Tensor, ...]:
     """The flat tuple of both views of ``pattern`` for ``features`` of its device."""
     if features.dtype not in _TILED:
         return (*pattern.csr, *pattern.csc)
-    return (*pattern.csr, *_tiles(pattern, False), *pattern.csc, *_tiles(pattern, True))
+    return (*pattern.csr, *_tiles(pattern, False, features), *pattern.csc, *_tiles(pattern, True, features))
 
 
 def rows_view(views: Sequence[Tensor]) -> Sequence[Tensor]:

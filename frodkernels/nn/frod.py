@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from frodkernels.functional._common import autocast_dtype, check_tensor
+from frodkernels.functional._views import prepare
 from frodkernels.functional.frod import frod_linear, frod_weight
 from frodkernels.functional.frod_init import factor, joint_basis, random_pattern
 from frodkernels.nn.eval_cache import CacheBudget, EvalCache, may_cache
@@ -62,6 +63,7 @@ class FrodLinear(nn.Module):
         self.values = nn.Parameter(values.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.pattern = pattern.to(U.device)
+        prepare(self.pattern)
         self.path = path
         self._cache = EvalCache(cache_budget)
 
@@ -154,6 +156,7 @@ class FrodLinear(nn.Module):
         super()._apply(fn, recurse)
         if not self.U.is_meta:
             self.pattern = self.pattern.to(self.U.device)
+            prepare(self.pattern)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -82,8 +82,55 @@ def test_tiles_are_made_once_and_not_while_tracing(cuda_kernels, monkeypatch):
     assert len(views) == 20
     assert all(a is b for a, b in zip(views, _views.both_views(pattern, features), strict=True))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert len(_views.both_views(pattern, features)) == 20
+    assert all(a is b for a, b in zip(views, _views.both_views(pattern, features), strict=True))
     assert len(_views.both_views(pattern, features.float())) == 6  # float32 has no use for them
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_one_graph_with_and_without_tiles(cuda_kernels, monkeypatch, prepared):
+    """Tracing asks no device and builds nothing; what was prepared is used."""
+    args, pattern, g = layer(torch.bfloat16)
+    if prepared:
+        _views.prepare(pattern)
+        want = gradients(lambda *a: fk.frod_linear(*a, path="activation"), args, pattern, g)
+    monkeypatch.setattr(_views, "_block", None)
+    cuda_kernels.reset()
+    torch._dynamo.reset()
+    whole = torch.compile(lambda *a: fk.frod_linear(*a, path="activation"), fullgraph=True, backend="aot_eager")
+    got = gradients(whole, args, pattern, g)
+    launched = {name.split("<")[0] for name in cuda_kernels.launches()}
+    assert ({"product_mma_kernel", "gradient_mma_kernel"} <= launched) == prepared
+    assert not prepared or all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_export_takes_tiles(cuda_kernels, monkeypatch):
+    args, pattern, _ = layer(torch.bfloat16)
+    module = fk.nn.FrodLinear(*args[1:], pattern)  # prepares the pattern
+    want = module(args[0])
+    monkeypatch.setattr(_views, "_block", None)
+    for strict in (True, False):
+        program = torch.export.export(module, (args[0],), strict=strict)
+        assert torch.equal(program.module()(args[0]), want)
+
+
+def test_ops_with_tiles_are_registered_right(cuda_kernels):
+    args, pattern, _ = layer(torch.bfloat16)
+    z, lam, values = args[0].t().contiguous(), args[3], args[4]
+    forward = (z, lam, values, *pattern.csr, False, list(pattern.tiles(False, 256)))
+    backward = (z, z, lam, values, *pattern.csc, [True] * 3, False, list(pattern.tiles(True, 256)))
+    torch.library.opcheck(ops.sparse_core, forward)
+    torch.library.opcheck(ops.sparse_core_backward, backward)
+
+
+def test_fake_tensors_ask_no_device_and_leave_no_trace(cuda_kernels, monkeypatch):
+    monkeypatch.undo()
+    _, pattern, _ = layer(torch.bfloat16)
+    monkeypatch.setattr(_views._backends, "unavailable", lambda *_: None)
+    with torch._subclasses.FakeTensorMode():
+        assert _views._block(torch.device("cuda", 0), 4096) == 0
+        fake = torch.empty(N, T, dtype=torch.bfloat16)
+        assert len(_views.both_views(pattern, fake)) == 6
+    assert (torch.device("cuda", 0), 4096) not in _views._blocks
 
 
 def test_little_work_goes_to_the_other_kernels(cuda_kernels, monkeypatch):

@@ -45,6 +45,21 @@ Tensor rows_of(const Tensor& t) {
 // From row to row; a single row, or rows of one token, may carry any stride.
 int64_t row_stride(const Tensor& t) { return t.size(1) > 1 ? t.stride(0) : t.size(0) > 1 ? t.stride(0) : 1; }
 
+// The first T tokens of each row; `rows` itself where it has no more.
+Tensor first_tokens(Tensor& rows, int64_t T) { return rows.size(1) == T ? rows : torch::stable::narrow(rows, 1, 0, T); }
+
+constexpr int64_t whole_eights(int64_t T) { return (T + 7) / 8 * 8; }
+
+bool starts_on_16_bytes(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// As the tensor-core kernels need them: `t` itself where its rows start on 16 bytes, else one copy.
+Tensor pitched(const Tensor& t) {
+  if (starts_on_16_bytes(t.const_data_ptr()) && row_stride(t) % 8 == 0) return t;
+  Tensor copy = torch::stable::new_empty(t, {t.size(0), whole_eights(t.size(1))});
+  Tensor tokens = first_tokens(copy, t.size(1));
+  return torch::stable::copy_(tokens, t);
+}
+
 // The plan's tensors. What they hold was checked when the pattern was made: reading it here would wait for the device.
 struct View {
   Tensor indptr, indices, perm;
@@ -109,7 +124,8 @@ struct View {
                         tiles[2].size(0) == tiled.blocks && tiles[2].size(1) == tiled.groups + 1 &&
                         tiles[3].size(0) == tiled.steps && tiles[3].size(1) == 32 && tiles[4].size(1) == 32 &&
                         tiles[4].size(2) == 2 && tiles[5].size(1) == 4 && tiles[6].size(0) == tiled.blocks + 1 &&
-                        tiled.blocks * tiled.block >= compressed.columns && tiled.block % 128 == 0,
+                        tiled.blocks * tiled.block >= compressed.columns && tiled.block % 128 == 0 &&
+                        tiled.steps < (int64_t(1) << 25),
                     "tiles do not fit the plan");
     tiled.row_order = static_cast<const int32_t*>(tiles[0].const_data_ptr());
     tiled.feature_order = static_cast<const uint16_t*>(tiles[1].const_data_ptr());
@@ -163,21 +179,25 @@ Tensor scratch(const Tensor& like, int64_t bytes) {
 // (S + D) in, for features `in` [columns, T] of contiguous tokens.
 Tensor product(const Tensor& in, const Parameters& parameters, const View& view, bool token_major, CUstream_st* stream,
                const char* op) {
-  Tensor out = torch::stable::new_empty(in, {view.compressed.rows, in.size(1)});
+  const int64_t T = in.size(1), rows = view.compressed.rows;
+  const bool tensor_cores = view.on_tensor_cores(in) && rows > 0;
+  const Tensor from = tensor_cores ? pitched(in) : in;
+  Tensor whole = torch::stable::new_empty(in, {rows, tensor_cores ? whole_eights(T) : T});
+  const Tensor out = first_tokens(whole, T);
   if (out.numel() > 0) {
-    observe(in, "in", Access::kRead);
-    observe(out, "out", Access::kWrite);
+    observe(from, "in", Access::kRead);
+    observe(whole, "out", Access::kWrite);
     cuda::Product a;
     a.view = view.compressed;
     a.values = vector_of(parameters.values, "values");
     if (parameters.lam.has_value()) a.lam = vector_of(*parameters.lam, "lam");
     a.type = scalar_of<cuda::Scalar>(in, "z");
-    a.in = in.const_data_ptr();
-    a.out = out.mutable_data_ptr();
-    a.T = in.size(1);
-    a.in_stride = row_stride(in);
-    a.out_stride = in.size(1);
-    if (view.on_tensor_cores(in)) {
+    a.in = from.const_data_ptr();
+    a.out = whole.mutable_data_ptr();
+    a.T = T;
+    a.in_stride = row_stride(from);
+    a.out_stride = whole.size(1);
+    if (tensor_cores) {
       Tensor packed = scratch(in, cuda::packed_bytes(view.tiled));
       check_launch(cuda::product_mma(a, view.tiled, packed.mutable_data_ptr(), stream), op);
     } else {
@@ -185,14 +205,16 @@ Tensor product(const Tensor& in, const Parameters& parameters, const View& view,
       check_launch(cuda::product_fma(a, entries.numel() > 0 ? entries.mutable_data_ptr() : nullptr, stream), op);
     }
   }
-  if (!token_major) return out;
-  Tensor turned = new_features(in, view.compressed.rows, in.size(1), true);
+  if (!token_major) return torch::stable::contiguous(out);
+  Tensor turned = new_features(in, rows, T, true);
   return torch::stable::copy_(turned, out);
 }
 
-void gradient(const Tensor& u, const Tensor& z, Tensor& dlam, Tensor& dvalues, const View& view, CUstream_st* stream,
-              const char* op) {
+void gradient(const Tensor& rows_u, const Tensor& rows_z, Tensor& dlam, Tensor& dvalues, const View& view,
+              CUstream_st* stream, const char* op) {
   if (dlam.numel() + dvalues.numel() == 0) return;
+  const bool tensor_cores = view.on_tensor_cores(rows_u);
+  const Tensor u = tensor_cores ? pitched(rows_u) : rows_u, z = tensor_cores ? pitched(rows_z) : rows_z;
   observe(u, "u", Access::kRead);
   observe(z, "z", Access::kRead);
   observe(dlam, "dlam", Access::kWrite);
@@ -207,7 +229,7 @@ void gradient(const Tensor& u, const Tensor& z, Tensor& dlam, Tensor& dvalues, c
   a.T = u.size(1);
   a.in_stride = row_stride(u);
   a.z_stride = row_stride(z);
-  if (view.on_tensor_cores(u)) {
+  if (tensor_cores) {
     Tensor partial = scratch(u, cuda::gradient_mma_scratch(a, view.tiled));
     check_launch(cuda::gradient_mma(a, view.tiled, partial.mutable_data_ptr(), stream), op);
   } else {
@@ -267,6 +289,12 @@ int64_t tile_block(const Tensor& like, int64_t columns) {
   return cuda::tile_block(columns);
 }
 
+std::string why_not(const Tensor& like) {
+  const DeviceGuard guard(like.get_device_index());
+  const char* reason = cuda::why_not();
+  return reason == nullptr ? "" : reason;
+}
+
 }  // namespace
 }  // namespace frodkernels::ops
 
@@ -275,10 +303,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(FRODKERNELS_OP_NAMESPACE, m) {
   m.def(frodkernels::ops::kSparseCoreSchema);
   m.def(frodkernels::ops::kSparseCoreBackwardSchema);
   m.def(frodkernels::ops::kTileBlockSchema);
+  m.def(frodkernels::ops::kWhyNotSchema);
 }
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(FRODKERNELS_OP_NAMESPACE, FRODKERNELS_OP_DEVICE, m) {
+  m.impl("native_why_not", TORCH_BOX(&frodkernels::ops::why_not));
   m.impl("native_tile_block", TORCH_BOX(&frodkernels::ops::tile_block));
   m.impl("native_sparse_core", TORCH_BOX(&frodkernels::ops::sparse_core));
   m.impl("native_sparse_core_backward", TORCH_BOX(&frodkernels::ops::sparse_core_backward));
