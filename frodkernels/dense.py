@@ -53,6 +53,9 @@ BREAK_EVEN = {
 }
 BREAK_EVEN[86] = BREAK_EVEN[120] = BREAK_EVEN[89]  # assumed: no model of them
 NEVER = 1.0
+# Multiply-adds below which it is never taken. The model counts two kernels; in truth ten small ones make the matrix,
+# and it takes a GEMM of tens of microseconds to hide them.
+DENSE_WORK = 2**34
 DENSE_BYTES = 2**31  # a larger matrix, in the gradient's float32, is never written
 
 # The nearest entry in log2 changes where x passes sqrt(a b) of two neighbours, so x^2 is looked up among a b.
@@ -94,7 +97,7 @@ def dense_is_faster(z: Tensor, lam: Tensor | None, values: Tensor, indptr: Tenso
     columns, T = z.shape
     rows = indptr.numel() - 1
     area = rows * columns
-    if area * 4 > DENSE_BYTES:
+    if area * 4 > DENSE_BYTES or area * T < DENSE_WORK:
         return False
     density = break_even(_capability(z.device), area, T)
     entries = values.numel() + (0 if lam is None else rows)  # more than area, maybe: S may hold a diagonal of its own

@@ -72,7 +72,8 @@ def documented():
 def on_cuda(monkeypatch):
     """Makes tensors count as those of a CUDA device of the capability it is called with."""
 
-    def pretend(capability):
+    def pretend(capability, work=0):
+        monkeypatch.setattr(dense, "DENSE_WORK", work)
         monkeypatch.setattr(dense, "_on_cuda", lambda features: True)
         monkeypatch.setattr(dense, "_capability", lambda device: capability)
 
@@ -113,6 +114,14 @@ def test_the_choice_follows_the_documented_table(capability, lam, documented, on
     for n, row in documented[ROW_OF[capability]].items():
         for T, density in row.items():
             assert_crosses_at(density if T >= 128 else 1.0, n, n, T, lam)
+
+
+def test_little_work_never_pays_for_making_the_matrix(on_cuda):
+    on_cuda(90, dense.DENSE_WORK)
+    assert not chosen(1024, 1024, 512, 1024 * 1024)  # the table alone would take it
+    n, T = 2048, 2**12
+    assert n * n * T == dense.DENSE_WORK
+    assert chosen(n, n, T, n * n) and not chosen(n, n, T - 1, n * n)
 
 
 @pytest.mark.parametrize("capability, like", [(87, 86), (88, 86), (91, 90), (103, 100), (110, 100), (121, 120)])
