@@ -6,14 +6,22 @@ import torch
 
 import frodkernels as fk
 from tests.device.places import kinds, make_place
+from tests.device.ways import WAYS, force
+from tests.support import names
 
 BACKENDS = ("native", "triton", "reference")
 
 
 def pytest_generate_tests(metafunc):
-    """``place``: the CPU and CUDA. With ``backend``: each with every backend that is meant for it."""
+    """``place``: the CPU and CUDA. With ``backend``: each with every backend that is meant for it. With ``way``: every
+    way of the native backend, and ``dtype`` and ``param_dtype``, where asked for, those that it serves."""
     if "place" not in metafunc.fixturenames:
         return
+    if "way" in metafunc.fixturenames:
+        given = ["way", *(name for name in ("dtype", "param_dtype") if name in metafunc.fixturenames)]
+        sets = list(dict.fromkeys(one[: len(given)] for one in WAYS))
+        ids = ["-".join([way, names(*dtypes)]).rstrip("-") for way, *dtypes in sets]
+        metafunc.parametrize(given, sets, indirect=["way"], ids=ids)
     if "backend" not in metafunc.fixturenames:
         metafunc.parametrize("place", kinds(), indirect=True)
         return
@@ -44,6 +52,17 @@ def backend(request, place):
         pytest.skip(reason)
     with fk.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def way(request, place, monkeypatch):
+    """The way of the native backend that is forced in the test."""
+    reason = place.has("native")
+    if reason is not None:
+        pytest.skip(reason)
+    way = force(request.param, place, monkeypatch)
+    with fk.backend("native"):
+        yield way
 
 
 @pytest.fixture(autouse=True)

@@ -141,6 +141,18 @@ class Cuda(Place):
             outputs = run()
         return graph.replay, outputs
 
+    @contextlib.contextmanager
+    def kernels(self) -> Iterator[set[str]]:
+        """The names of the kernels that the device ran inside, filled in at the end."""
+        from torch.profiler import ProfilerActivity, profile
+
+        names: set[str] = set()
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            yield names
+            torch.cuda.synchronize()
+        names.update(event.name for event in profiler.events() if event.device_type.name == "CUDA")
+
     def peak_bytes(self, run: Callable[[], object]) -> int:
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
