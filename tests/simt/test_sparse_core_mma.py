@@ -204,30 +204,52 @@ def test_an_infinity_in_any_token_is_noticed(plain, token, dtype):
         assert torch.equal(ours.isnan(), torchs.isnan()) and torch.equal(ours.isinf(), torchs.isinf())
 
 
-def check_products(module, case):
-    w, dz = outputs(module, case)[:2]
-    assert_no_worse_than_torch(w, case.exact_forward(), reference.sparse_core(*case.forward))
-    assert_no_worse_than_torch(dz, case.exact_transpose(), reference.sparse_core(*case.transpose))
+def in_half(x):
+    """Rounded to half's 11 bits, at any size."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp((mantissa * 2048).round(), exponent - 11)
+
+
+def check_scaled(module, case):
+    """Right, and by the tensor cores: where a scale lets parameters overflow, sums are made again with parameters as
+    they are, right but slow. Then it matters whether they were rounded before; the tensor cores round them anyway."""
+    once = outputs(module, case)[:2]
+    for ours, exact, call in zip(
+        once, (case.exact_forward(), case.exact_transpose()), (case.forward, case.transpose), strict=True
+    ):
+        assert_no_worse_than_torch(ours, exact, reference.sparse_core(*call))
+    before = case.lam, case.values
+    case.lam, case.values = in_half(case.lam), in_half(case.values)
+    assert not torch.equal(before[0], case.lam) and not torch.equal(before[1], case.values)
+    for ours, same in zip(outputs(module, case)[:2], once, strict=True):
+        assert torch.equal(ours, same)
+
+
+def case_in_half(n, T):
+    """Parameters of magnitudes between 1 and 2, so that none is subnormal beside another that is 1e6 times as large."""
+    case = make_case(n, n, T, "random", torch.float16, torch.float32)
+    case.lam, case.values = (x.sign() * (1 + x.abs().frac()) for x in (case.lam, case.values))
+    return case
 
 
 @pytest.mark.parametrize("large", ["lam", "values"])
 def test_float16_is_scaled_by_the_larger_of_diagonal_and_entries(plain, large):
-    case = make_case(67, 67, 40, "random", torch.float16, torch.float32)
+    case = case_in_half(67, 40)
     case.lam *= 1e3 if large == "lam" else 1e-3
     case.values *= 1e3 if large == "values" else 1e-3
-    check_products(plain, case)
+    check_scaled(plain, case)
 
 
 # The parameters are looked through by 64 thread blocks of 256 threads: another warp, another block, the last block, a
 # second turn of the loop.
 @pytest.mark.parametrize("n, index", [(67, 0), (67, 100), (67, 500), (67, -1), (350, 16200), (350, 17000)])
 def test_float16_is_scaled_by_the_largest_entry_wherever_it_is(plain, n, index):
-    case = make_case(n, n, 32, "random", torch.float16, torch.float32)
+    case = case_in_half(n, 32)
     case.lam *= 1e-3
     case.values *= 1e-3
-    case.values[index] = 3e3
+    case.values[index] = 1234.567
     assert case.values.numel() > max(index, 300)
-    check_products(plain, case)
+    check_scaled(plain, case)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 3e4, 1e9, 1e30])
