@@ -23,26 +23,23 @@ def fresh(module_of):
     return module
 
 
-@pytest.fixture
-def plain():
-    """The fast module. What it reports must be looked at: an unread report fails the test."""
-    module = fresh(executor.plain)
-    yield module
-    unread = module.reports()
-    module.configure()
-    module.reset()
-    assert not unread, "\n".join(unread)
+def module_fixture(name, module_of):
+    """A module of the executor. What it reports must be looked at: an unread report fails the test."""
+
+    @pytest.fixture(name=name)
+    def module_for_one_test():
+        module = fresh(module_of)
+        yield module
+        unread = module.reports()
+        module.configure()
+        module.reset()
+        assert not unread, "\n".join(unread)
+
+    return module_for_one_test
 
 
-@pytest.fixture
-def checker():
-    """The checking module. What it reports must be looked at: an unread report fails the test."""
-    module = fresh(executor.checker)
-    yield module
-    unread = module.reports()
-    module.configure()
-    module.reset()
-    assert not unread, "\n".join(unread)
+plain = module_fixture("plain", executor.plain)  # fast
+checker = module_fixture("checker", executor.checker)  # checks and counts every access
 
 
 @pytest.fixture(autouse=True)
