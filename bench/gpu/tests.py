@@ -20,6 +20,7 @@ NAME, TITLE = "tests", "Tests"
 # and fail where it is missing; the interpreter run is the one of `make test`.
 RUNS: dict[str, tuple[tuple[str, ...], dict[str, str], float]] = {
     "ops on the GPU": (("tests/device/test_ops_on_device.py",), {"FRODKERNELS_TEST_DEVICE": "cuda"}, 2400),
+    "ways on the GPU": (("tests/device/test_ways_on_device.py",), {"FRODKERNELS_TEST_DEVICE": "cuda"}, 2400),
     "layers on the GPU": (("tests/device/test_layers_on_device.py",), {"FRODKERNELS_TEST_DEVICE": "cuda"}, 2400),
     "whole suite": (("tests", "--ignore=tests/bench/test_gpu.py"), {}, 3600),
     "Triton interpreter": (("tests", "-k", "test_triton"), {"TRITON_INTERPRET": "1"}, 2400),
