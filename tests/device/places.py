@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the device tests run.
 
-The same bodies run on the CPU, where the CUDA-only machinery has plain stand-ins: so they are exercised everywhere,
-and a CUDA device is all that the "cuda" half waits for.
+The same bodies run on the CPU, where the CUDA-only machinery has plain stand-ins: so they are exercised everywhere. The
+"cuda" half is made where there is a device.
 """
 
 from __future__ import annotations
@@ -163,18 +163,19 @@ class Cuda(Place):
 
 
 def make_place(kind: str) -> Place:
-    """The place of a test's parameter; skips (or, where CUDA was asked for, fails) without a device."""
+    """The place of a test's parameter; fails where CUDA was asked for and there is no device."""
     if kind == "cpu":
         return Place("cpu")
     if not torch.cuda.is_available():
-        if WANTED == "cuda":
-            pytest.fail(f"{VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device")
-        pytest.skip("no CUDA device")
+        pytest.fail(f"{VARIABLE}=cuda, but torch {torch.__version__} finds no CUDA device")
     return Cuda("cuda")
 
 
 def kinds() -> list[str]:
-    return ["cuda"] if WANTED == "cuda" else ["cpu", "cuda"]
+    """The places that a test is made for: the CPU, and CUDA where there is a device or one was asked for."""
+    if WANTED == "cuda":
+        return ["cuda"]
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def case_on(case: Case, device: torch.device) -> Case:
