@@ -62,16 +62,14 @@ def _static(kernel: static.Kernel, language: str, threads: int, dynamic: int) ->
         "limiter": resident.limiter,
         "instructions": kernel.instructions,
         "tensor_ops": kernel.tensor_ops,
-        "vector_loads": _share(c["global_loads_128"], c["global_loads"]),
-        "vector_stores": _share(c["global_stores_128"], c["global_stores"]),
+        "global_loads": c["global_loads"],
+        "vector_loads": c["global_loads_128"],
+        "global_stores": c["global_stores"],
+        "vector_stores": c["global_stores_128"],
         "async_copies": c["async_copies"],
         "matrix_loads": c["matrix_loads"],
         "atomics": c["atomics"],
     }
-
-
-def _share(part: int, whole: int) -> float | None:
-    return round(part / whole, 3) if whole else None
 
 
 def _counted(c: Counts, case: Case) -> Record:
