@@ -81,6 +81,16 @@ def test_tensor_core_kernels_use_them_and_others_do_not(library):
             assert not k.tensor_ops, (k.arch, k.name)
 
 
+def test_features_leave_the_tensor_cores_16_bytes_at_a_time(library):
+    """The compiler splits an assignment of 16 bytes where it pleases: only the code says what it did."""
+    products = [k for k in library if k.function == "product_mma_kernel"]
+    assert products
+    for k in products:
+        narrow = k.counts["global_stores"] - k.counts["global_stores_128"]
+        assert k.counts["global_stores_128"] >= 8, (k.arch, k.name)  # one for each group of a warp
+        assert narrow <= 1, (k.arch, k.name)  # sums that are made again
+
+
 def test_every_block_can_be_resident(library):
     for k in library:
         resident = occupancy(k.arch, k.registers, k.shared, k.threads)
