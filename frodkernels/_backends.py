@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which implementation serves which op on which device, and why.
 
-Three backends implement every op: ``native`` (C++ on the CPU, CUDA C++ on CUDA), ``triton`` and ``reference`` (plain
-PyTorch, the definition). The first that is available, in that order, serves; :func:`backend` overrides the choice.
+Three backends implement every op: ``native`` (C++ on the CPU; on CUDA, CUDA C++, or a dense product where that is
+faster, see ``dense.py``), ``triton`` and ``reference`` (plain PyTorch, the definition). The first that is available, in
+that order, serves; :func:`backend` overrides the choice.
 """
 
 from __future__ import annotations
