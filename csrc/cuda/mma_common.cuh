@@ -71,9 +71,4 @@ __device__ __forceinline__ void feature_offsets(int (&offset)[2], uint32_t word)
   offset[1] = static_cast<int>(word >> 10 & kUnitMask << 4);
 }
 
-// The feature of slot k of a compressed view.
-__device__ __forceinline__ int64_t read_index(const Compressed& view, int64_t k) {
-  return view.narrow ? static_cast<const uint16_t*>(view.indices)[k] : static_cast<const int32_t*>(view.indices)[k];
-}
-
 }  // namespace frodkernels::cuda

@@ -121,6 +121,12 @@ __device__ __forceinline__ void write_scalar(const Vector& to, int64_t k, acc va
   }
 }
 
+// The column of slot p of a compressed view.
+__device__ __forceinline__ int32_t read_index(const Compressed& view, int64_t p) {
+  return view.narrow ? static_cast<int32_t>(static_cast<const uint16_t*>(view.indices)[p])
+                     : static_cast<const int32_t*>(view.indices)[p];
+}
+
 template <typename scalar_t>
 struct Rows {
   scalar_t* data;

@@ -24,11 +24,6 @@ __device__ __forceinline__ Index least(Index a, Index b) {
   return a < b ? a : b;
 }
 
-__device__ __forceinline__ int32_t read_index(const Compressed& view, int64_t p) {
-  return view.narrow ? static_cast<int32_t>(static_cast<const uint16_t*>(view.indices)[p])
-                     : static_cast<const int32_t*>(view.indices)[p];
-}
-
 // Features [first, first + count), kTileTokens tokens from t0 (zeros beyond T), to `to`. Asynchronous where rows are
 // aligned: commit, wait and a barrier make it visible.
 template <typename scalar_t>
