@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels for structured sparse adapters: FRoD's activation path today, its whole family next.
+"""Kernels for structured sparse adapters: FRoD's activation path and HRA's chained reflections.
 
 Everything a user needs is named here; ``python -m frodkernels`` says what is installed and which backend serves what.
 """
@@ -7,6 +7,9 @@ Everything a user needs is named here; ``python -m frodkernels`` says what is in
 from frodkernels import _native, nn, ops, peft
 from frodkernels._backends import backend, backends
 from frodkernels.functional.frod import frod_linear, frod_weight
+from frodkernels.functional.householder import householder, orthogonality_penalty
+from frodkernels.functional.hra import hra_linear
+from frodkernels.functional.hra_conv import hra_conv2d
 from frodkernels.functional.sparse_core import sparse_core
 from frodkernels.pattern import SparsePattern
 
@@ -19,8 +22,12 @@ __all__ = [
     "backends",
     "frod_linear",
     "frod_weight",
+    "householder",
+    "hra_conv2d",
+    "hra_linear",
     "nn",
     "ops",
+    "orthogonality_penalty",
     "peft",
     "sparse_core",
 ]

@@ -19,7 +19,13 @@ from typing import Any
 from frodkernels import _native, _ops
 
 BACKENDS = ("native", "triton", "reference")
-FAMILIES = {"sparse_core": "sparse_core", "sparse_core_backward": "sparse_core"}  # op -> module that implements it
+FAMILIES = {  # op -> module that implements it
+    "sparse_core": "sparse_core",
+    "sparse_core_backward": "sparse_core",
+    "householder": "householder",
+    "householder_backward": "householder",
+    "householder_gradient": "householder",
+}
 DEVICES = ("cpu", "cuda")
 _INTERPRETER = "TRITON_INTERPRET"
 

@@ -3,5 +3,6 @@
 
 from frodkernels.functional.frod_init import joint_basis
 from frodkernels.nn.frod import FrodLinear
+from frodkernels.nn.hra import HRAConv2d, HRALinear
 
-__all__ = ["FrodLinear", "joint_basis"]
+__all__ = ["FrodLinear", "HRAConv2d", "HRALinear", "joint_basis"]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``frodkernels.householder``: tokens through a chain of reflections; and HRA's regulariser."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
+from frodkernels.functional._reflections import Reflections, check_reflections, warn_if_deficient
+from frodkernels.ops import householder as ops
+from frodkernels.reference.householder import accumulator
+
+
+class Householder(torch.autograd.Function):
+    """C = x q S^-1;  out = x - C q^T  (S^-T for the transposed chain).
+
+    Q = g q S^-T;  dx = g - Q q^T;  dq = -(x^T Q + g^T C) + q (dG + dG^T) with dS^T = Q^T C: one sum over the tokens.
+    Saves x and C [T, r].
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, u: Tensor, transpose: bool, orthogonalize: bool) -> Tensor:
+        chain = Reflections.of(u, x, orthogonalize)
+        out, c = ops.householder(x, chain.solved(chain.unit, transpose), chain.unit)
+        need_u = ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if need_u else None, u, c if need_u else None, *chain.saved())
+        ctx.transpose = transpose
+        ctx.dtype = x.dtype
+        return out
+
+    @staticmethod
+    @first_order
+    @without_autocast
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, u, c, *kept = ctx.saved_tensors
+        need_x, need_u = ctx.needs_input_grad[:2]
+        chain = Reflections.again(u, *kept)
+        left = chain.solved(chain.unit, not ctx.transpose)
+        g = g.to(ctx.dtype)
+        if not need_u:
+            return ops.householder(g, left, chain.unit)[0], None, None, None
+        dx, q, sums, _ = ops.householder_backward(g, x, c, left, chain.unit, None, [need_x, True])
+        du = chain.gradient(u, -sums, *((q, c) if ctx.transpose else (c, q)))
+        return dx if need_x else None, du, None, None
+
+
+def flattened(x: Tensor, n: int) -> Tensor:
+    """x [..., n] as [T, n]."""
+    return x.reshape(-1 if n else x.shape[:-1].numel(), n)
+
+
+def check_input(x: Tensor, name: str = "x") -> int:
+    """A floating-point tensor [..., n]; returns n."""
+    check_tensor(x, name)
+    if x.dim() < 1:
+        raise ValueError(f"{name} must be [..., n], got a scalar")
+    return x.shape[-1]
+
+
+def householder(x: Tensor, u: Tensor, *, transpose: bool = False, orthogonalize: bool = False) -> Tensor:
+    """Multiply features by a chain of Householder reflections: ``x H_1 H_2 ... H_r``, H_i = I - 2 u_i u_i^T / |u_i|^2.
+
+    The chain is never formed: with its compact WY form it costs two products with an [n, r] matrix. Source: HRA,
+    https://arxiv.org/abs/2405.17484.
+
+    Args:
+        x: [..., n] features; float32, float64, bfloat16 or float16, any strides. Under autocast it is cast as
+            ``torch.nn.functional.linear`` would cast it.
+        u: [n, r] directions, any of these dtypes; their lengths do not matter. A zero column is no reflection and
+            makes the result NaN.
+        transpose: the reverse order, ``x H_r ... H_1``, which undoes the chain.
+        orthogonalize: take the Gram-Schmidt basis of u's columns instead (PEFT's ``apply_GS``). Columns that depend
+            on those before them make the map arbitrary: on the CPU that is warned of.
+
+    Returns:
+        [..., n] in x's dtype (autocast's under autocast); products and the r x r system in float32 (float64 when x or u
+        are), rounded once. Differentiable once in x and u; each gradient has its tensor's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device; names it.
+    """
+    n = check_input(x)
+    check_reflections(u, n, orthogonalize)
+    if u.device != x.device:
+        raise ValueError(f"u is on {u.device} but x is on {x.device}")
+    if orthogonalize:
+        warn_if_deficient(u)
+    x = x.to(autocast_dtype(x) or x.dtype)
+    return Householder.apply(flattened(x, n), u, transpose, orthogonalize).reshape(x.shape)
+
+
+def orthogonality_penalty(u: Tensor) -> Tensor:
+    """HRA's regulariser ``||Q^T Q - I||_F`` on the unit columns Q of u: 0 when the reflections are orthogonal.
+
+    Add it to the loss, weighted, to keep directions apart (https://arxiv.org/abs/2405.17484, section 4). Plain PyTorch:
+    differentiable any number of times, on any device.
+
+    Args:
+        u: [n, r] directions; a zero column makes it NaN.
+
+    Returns:
+        A scalar in float32 (float64 for float64 u).
+
+    Raises:
+        ValueError: u is not a floating-point [n, r] tensor.
+    """
+    check_tensor(u, "u")
+    if u.dim() != 2 or u.shape[1] < 1:
+        raise ValueError(f"u must be [n, r] with r >= 1, got {list(u.shape)}")
+    with torch.autocast(u.device.type, enabled=False):
+        wide = u.to(accumulator(u, u))
+        unit = wide / torch.linalg.vector_norm(wide, dim=0)
+        gram = unit.t() @ unit
+        return torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""HRA's adapted linear layer ``y = x (W H)^T + bias``, H = H_1 ... H_r, from either side of W.
+
+Input side   x' = x H^T, y = x' W^T: two tall-skinny products before the layer, which may be anything.
+Output side  y = x W^T - (x q S^-T) (W q)^T: shaped like LoRA, the layer's own product untouched. It reads W twice
+             more, and sums that go into u's gradient see no product rounded to 16 bits.
+Source: HRA, https://arxiv.org/abs/2405.17484; the notation of ``_reflections.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
+from frodkernels.functional._reflections import Reflections, check_reflections, warn_if_deficient
+from frodkernels.functional.householder import Householder, check_input, flattened
+from frodkernels.functional.hra_side import SIDES, choose
+from frodkernels.ops import householder as ops
+
+
+class HRAOutput(torch.autograd.Function):
+    """B = W q;  C = x q S^-T;  y = x W^T + bias - C B^T.
+
+    Q = g B S^-1;  dx = g W - Q q^T;  dB = -g^T C;  dq = -x^T Q + W^T dB + q (dG + dG^T), dS = Q^T C;
+    dW = g^T x + dB q^T, where W is trained. Saves x, C [T, r] and B [m, r].
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
+        W = weight.to(x.dtype)
+        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+        chain = Reflections.of(u, x, orthogonalize)
+        _, b = ops.householder(W, chain.unit, None)
+        out, c = ops.householder(x, chain.solved(chain.unit, True), b, y)
+        ctx.save_for_backward(x, weight, u, c, b, *chain.saved())
+        return out
+
+    @staticmethod
+    @first_order
+    @without_autocast
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, u, c, b, *kept = ctx.saved_tensors
+        need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
+        chain = Reflections.again(u, *kept)
+        g, W = g.to(x.dtype), weight.to(x.dtype)
+        dx = dweight = du = None
+        if need_x or need_u or need_weight:
+            # without dx, x stands for a base that is not read
+            base, needs = g @ W if need_x else x, [need_x, need_u or need_weight]
+            dx, q, sum_x, sum_g = ops.householder_backward(g, x, c, chain.solved(b, False), chain.unit, base, needs)
+            if need_u:
+                du = chain.gradient(u, -(sum_x + ops.householder_gradient(W, sum_g)), q, c)
+            if need_weight:
+                dweight = (g.t() @ x - (sum_g @ chain.unit.t()).to(x.dtype)).to(weight.dtype)
+        return dx if need_x else None, dweight, du, g.sum(0) if need_bias else None, None
+
+
+def _check_layer(x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, n: int, orthogonalize: bool) -> None:
+    check_reflections(u, n, orthogonalize)
+    if bias is not None:
+        check_tensor(bias, "bias")
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("u", u), ("bias", bias)):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} but x is on {x.device}")
+
+
+def hra_linear(
+    x: Tensor,
+    weight: Tensor,
+    u: Tensor,
+    bias: Tensor | None = None,
+    *,
+    orthogonalize: bool = False,
+    side: str = "auto",
+) -> Tensor:
+    """HRA's adapted linear layer: ``x (W H_1 ... H_r)^T + bias`` with H_i = I - 2 u_i u_i^T / |u_i|^2.
+
+    Args:
+        x: [..., n] input; float32, float64, bfloat16 or float16, any strides. Under autocast it is cast as
+            ``torch.nn.functional.linear`` would cast it.
+        weight: [m, n] the layer's own weight W, usually frozen. weight and bias are cast to x's dtype where they differ.
+        u: [n, r] directions of the reflections, any floating dtype (float32 beside a 16-bit x is the usual case); their
+            lengths do not matter, a zero column makes the result NaN.
+        bias: [m] or None.
+        orthogonalize: take the Gram-Schmidt basis of u instead (PEFT's ``apply_GS``).
+        side: "input" reflects x before the product with W; "output" corrects the product after it; "auto" takes the
+            cheaper by a cost model of T, m, n and r. Both give the same map. With 16-bit x and float32 u, "output" gives
+            u's gradient to float32's precision, "input" to that of the 16-bit product it comes from.
+
+    Returns:
+        [..., m] in x's dtype (autocast's under autocast). Differentiable once in x, u, weight and bias; each gradient
+        has its tensor's dtype.
+
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device; names it.
+    """
+    n = check_input(x)
+    check_tensor(weight, "weight")
+    if weight.dim() != 2 or weight.shape[1] != n:
+        raise ValueError(f"weight must be [m, {n}] to match x {list(x.shape)}, got {list(weight.shape)}")
+    _check_layer(x, weight, u, bias, n, orthogonalize)
+    if side not in ("auto", *SIDES):
+        raise ValueError(f"side must be 'auto', 'input' or 'output', got {side!r}")
+    if orthogonalize:
+        warn_if_deficient(u)
+    dtype = autocast_dtype(x) or x.dtype
+    x = x.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    flat, m = flattened(x, n), weight.shape[0]
+    if side == "auto":
+        side = choose(flat, m, u)
+    if side == "input":
+        y = F.linear(Householder.apply(flat, u, True, orthogonalize), weight.to(dtype), bias)
+    else:
+        y = HRAOutput.apply(flat, weight, u, bias, orthogonalize)
+    return y.reshape(*x.shape[:-1], m)
