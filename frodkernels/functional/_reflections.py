@@ -90,7 +90,7 @@ def check_reflections(u: Tensor, n: int, orthogonalize: bool, name: str = "u") -
 
 
 def dependent_columns(u: Tensor) -> int:
-    """How many columns of u [n, r] lie in the span of those before them, to the precision of u's dtype. Synchronises."""
+    """How many columns of u [n, r] lie in the span of those before them, to u's precision. Synchronises."""
     wide = u.detach().to(torch.float64)
     unit = wide / torch.linalg.vector_norm(wide, dim=0)
     if u.numel() == 0 or not torch.isfinite(unit).all():

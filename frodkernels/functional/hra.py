@@ -85,14 +85,15 @@ def hra_linear(
     Args:
         x: [..., n] input; float32, float64, bfloat16 or float16, any strides. Under autocast it is cast as
             ``torch.nn.functional.linear`` would cast it.
-        weight: [m, n] the layer's own weight W, usually frozen. weight and bias are cast to x's dtype where they differ.
-        u: [n, r] directions of the reflections, any floating dtype (float32 beside a 16-bit x is the usual case); their
-            lengths do not matter, a zero column makes the result NaN.
+        weight: [m, n] the layer's own weight W, usually frozen. weight and bias are cast to x's dtype where they
+            differ.
+        u: [n, r] directions of the reflections, any floating dtype (float32 beside a 16-bit x is the usual case);
+            their lengths do not matter, a zero column makes the result NaN.
         bias: [m] or None.
         orthogonalize: take the Gram-Schmidt basis of u instead (PEFT's ``apply_GS``).
         side: "input" reflects x before the product with W; "output" corrects the product after it; "auto" takes the
-            cheaper by a cost model of T, m, n and r. Both give the same map. With 16-bit x and float32 u, "output" gives
-            u's gradient to float32's precision, "input" to that of the 16-bit product it comes from.
+            cheaper by a cost model of T, m, n and r. Both give the same map. With 16-bit x and float32 u, "output"
+            gives u's gradient to float32's precision, "input" to that of the 16-bit product it comes from.
 
     Returns:
         [..., m] in x's dtype (autocast's under autocast). Differentiable once in x, u, weight and bias; each gradient

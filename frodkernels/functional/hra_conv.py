@@ -93,7 +93,7 @@ def hra_conv2d(
     m, channels = weight.shape[:2]
     if x.dim() not in (3, 4) or x.shape[-3] != channels:
         raise ValueError(
-            f"x must be [N, {channels}, height, width] to match weight {list(weight.shape)} (groups are not supported), "
+            f"x must be [N, {channels}, height, width] to match weight {list(weight.shape)} (there are no groups), "
             f"got {list(x.shape)}"
         )
     check_reflections(u, weight[0].numel() if m else channels * weight.shape[2] * weight.shape[3], orthogonalize)

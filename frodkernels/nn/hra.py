@@ -142,10 +142,10 @@ class HRALinear(_HRA):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        if plain_linear(self.base):
-            weight, bias = self.base.weight, self.base.bias
-            return hra_linear(x, weight, self.u, bias, orthogonalize=self.orthogonalize, side=self.side)
-        return self.base(householder(x, self.u, transpose=True, orthogonalize=self.orthogonalize))
+        base: Any = self.base
+        if plain_linear(base):
+            return hra_linear(x, base.weight, self.u, base.bias, orthogonalize=self.orthogonalize, side=self.side)
+        return base(householder(x, self.u, transpose=True, orthogonalize=self.orthogonalize))
 
     def merge(self) -> nn.Linear:
         """A plain ``torch.nn.Linear`` with the weight W H; this layer is not changed.
@@ -236,7 +236,7 @@ class HRAConv2d(_HRA):
         )
         with torch.no_grad():
             merged.weight.copy_(self._rotated(base.weight))
-            if base.bias is not None:
+            if merged.bias is not None and base.bias is not None:
                 merged.bias.copy_(base.bias)
         return merged
 

@@ -7,6 +7,9 @@ Token-major: x is [T, n] with any strides. See ``reference/householder.py`` for 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -104,7 +107,7 @@ def _gradient_fake(x, q):
     return q.new_empty(x.shape[1], q.shape[1])
 
 
-def _implementation(op: str, factor: Tensor):  # type: ignore[no-untyped-def]
+def _implementation(op: str, factor: Tensor) -> Callable[..., Any]:
     """The callable that serves ``op`` for factors like ``factor`` [_, r]."""
     device = factor.device.type
     backend, run = _backends.implementation(op, device)
