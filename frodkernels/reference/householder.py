@@ -52,7 +52,7 @@ def householder(x: Tensor, left: Tensor, right: Tensor | None, base: Tensor | No
     if right is None:
         return x.new_empty(0), coefficients
     start = (x if base is None else base).to(acc)
-    return (start - coefficients @ right.to(acc).t()).to(x.dtype), coefficients
+    return (start - coefficients @ right.to(acc).t()).to(x.dtype).contiguous(), coefficients
 
 
 def householder_backward(
