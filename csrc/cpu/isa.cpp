@@ -7,6 +7,8 @@
 #include <unistd.h>
 #endif
 
+#include "householder.h"
+#include "isa.h"
 #include "sparse_core.h"
 
 namespace frodkernels::cpu {
@@ -63,15 +65,21 @@ Isa chosen_isa() {
   throw std::runtime_error(std::string("FRODKERNELS_CPU_ISA must be portable, avx2 or avx512, got ") + wanted);
 }
 
+// The entries of a table of kernels, by level. A level that was not built is never chosen.
+#if defined(FRODKERNELS_HAVE_AVX2) && defined(FRODKERNELS_HAVE_AVX512)
+#define FRODKERNELS_LEVELS(table) {&portable::table, &avx2::table, &avx512::table}
+#else
+#define FRODKERNELS_LEVELS(table) {&portable::table}
+#endif
+
 const Kernels& kernels(Isa isa) {
-#if defined(FRODKERNELS_HAVE_AVX512)
-  if (isa == Isa::kAvx512) return avx512::kKernels;
-#endif
-#if defined(FRODKERNELS_HAVE_AVX2)
-  if (isa == Isa::kAvx2) return avx2::kKernels;
-#endif
-  (void)isa;
-  return portable::kKernels;
+  static constexpr const Kernels* levels[] = FRODKERNELS_LEVELS(kKernels);
+  return *levels[int(isa)];
+}
+
+const HouseholderKernels& householder_kernels(Isa isa) {
+  static constexpr const HouseholderKernels* levels[] = FRODKERNELS_LEVELS(kHouseholderKernels);
+  return *levels[int(isa)];
 }
 
 int64_t l2_bytes() {

@@ -20,6 +20,7 @@
 #pragma once
 #include <cstdint>
 
+#include "isa.h"
 #include "scalars.h"
 
 namespace frodkernels::cpu {
@@ -70,17 +71,7 @@ struct Kernels {
   void (*backward)(const Product&, int64_t begin, int64_t end);
 };
 
-enum class Isa { kPortable, kAvx2, kAvx512 };
-
-const char* isa_name(Isa isa);
-bool isa_supported(Isa isa);
-// The best level this CPU has, or the one FRODKERNELS_CPU_ISA names. Throws std::runtime_error when that is unknown
-// or unsupported; read at every call, so a test can force each level.
-Isa chosen_isa();
 const Kernels& kernels(Isa isa);
-
-// The L2 cache of a core in bytes (1 MiB where the system does not say).
-int64_t l2_bytes();
 
 namespace portable {
 extern const Kernels kKernels;

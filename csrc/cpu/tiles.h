@@ -4,31 +4,13 @@
 // gathered row contiguous (a matrix with a power-of-two number of tokens would put all rows into a few cache sets)
 // and takes any strides; the two unit-stride layouts are vectorised.
 #pragma once
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include <type_traits>
 
+#include "scratch.h"
 #include "simd.h"
 #include "sparse_core.h"
 
 namespace frodkernels::cpu::FRODKERNELS_ISA {
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-// This thread's scratch, grown on demand and kept: fresh pages would cost more than the packing.
-inline char* scratch(int which, size_t bytes) {
-  thread_local std::unique_ptr<char, Free> buffer[2];
-  thread_local size_t capacity[2] = {0, 0};
-  if (capacity[which] < bytes) {
-    const size_t rounded = (bytes + 4095) / 4096 * 4096;
-    buffer[which].reset(static_cast<char*>(std::aligned_alloc(4096, rounded)));
-    capacity[which] = buffer[which] ? rounded : 0;
-    if (!buffer[which]) throw std::bad_alloc();
-  }
-  return buffer[which].get();
-}
 
 template <typename S>
 inline typename S::tile to_tile(typename S::scalar x) {

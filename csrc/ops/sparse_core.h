@@ -2,19 +2,11 @@
 //
 // What the bindings of the sparse core share, whatever the device: schemas, dtypes, checks, results to fill.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdint>
-#include <optional>
-#include <vector>
+
+#include "tensors.h"
 
 namespace frodkernels::ops {
-
-using OptionalTensor = std::optional<torch::stable::Tensor>;
-using OptionalTensors = std::optional<std::vector<torch::stable::Tensor>>;
 
 // tiles: the plan of the tensor-core kernels (csrc/tiles/tiles.h), or nothing.
 inline constexpr char kSparseCoreSchema[] =
@@ -29,25 +21,6 @@ inline constexpr char kTileBlockSchema[] = "native_tile_block(Tensor like, int c
 
 // Why the device of `like` cannot run the kernels registered for it, or an empty string.
 inline constexpr char kWhyNotSchema[] = "native_why_not(Tensor like) -> str";
-
-// The kernels' own name of a tensor's dtype: cpu::Scalar or cuda::Scalar.
-template <typename Scalar>
-Scalar scalar_of(const torch::stable::Tensor& t, const char* name) {
-  using torch::headeronly::ScalarType;
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return Scalar::kF32;
-    case ScalarType::Double:
-      return Scalar::kF64;
-    case ScalarType::BFloat16:
-      return Scalar::kBF16;
-    case ScalarType::Half:
-      return Scalar::kF16;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-  return Scalar::kF32;
-}
 
 inline void check_vector(const torch::stable::Tensor& t, const char* name, int64_t size) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == size, name, " must be a vector of ", size, " entries");

@@ -1,0 +1,359 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernels of householder.h for one ISA level.
+#include "householder.h"
+#include "products.h"
+#include "scratch.h"
+
+namespace frodkernels::cpu::FRODKERNELS_ISA {
+namespace {
+
+// Features of the input converted at a time: with the rows of `left` that they meet they stay in L1.
+constexpr int64_t kPanel = 256;
+constexpr int kPanelStride = kPanel + 16;  // rows a power of two apart would share cache sets
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t rounded_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
+int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / parts; }
+
+// Columns of packed `right`, and of a block of features of the update and the sums.
+template <typename S>
+constexpr int kColumns = 2 * S::kVecLanes;
+template <typename S>
+constexpr int64_t kBlock = 4 * S::kVecLanes;
+static_assert(kRightBlock % kBlock<F32> == 0 && kRightBlock % kBlock<F64> == 0);
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+template <typename W>
+int64_t left_stride(int64_t r) {
+  return rounded_up(r, W::kVecLanes);
+}
+
+template <typename W>
+void pack_left_as(const typename W::scalar* from, typename W::scalar* to, int64_t r, int64_t begin, int64_t end) {
+  const int64_t stride = left_stride<W>(r);
+  for (int64_t i = begin; i < end; ++i) {
+    std::memcpy(to + i * stride, from + i * r, size_t(r) * sizeof(*to));
+    for (int64_t j = r; j < stride; ++j) to[i * stride + j] = 0;
+  }
+}
+
+// [columns][r][kColumns], zeros past the last row.
+template <typename W>
+void pack_right_as(const typename W::scalar* from, typename W::scalar* to, int64_t n, int64_t r, int64_t begin,
+                   int64_t end) {
+  constexpr int64_t kWidth = kColumns<W>;
+  for (int64_t first = begin * kRightBlock; first < smaller(end * kRightBlock, n); first += kWidth) {
+    typename W::scalar* panel = to + first * r;
+    const int64_t rows = smaller(kWidth, n - first);
+    int64_t j = 0;
+    if constexpr (sizeof(*to) == 4) {
+      for (; j + kLanes <= r && rows == kWidth; j += kLanes) {
+        for (int64_t half = 0; half < kWidth; half += kLanes) {
+          vu words[kLanes];
+#pragma GCC unroll 16
+          for (int l = 0; l < kLanes; ++l) words[l] = load<vu>(from + (first + half + l) * r + j);
+          transpose_words(words);
+#pragma GCC unroll 16
+          for (int l = 0; l < kLanes; ++l) store(panel + (j + l) * kWidth + half, words[l]);
+        }
+      }
+    }
+    for (; j < r; ++j) {
+      for (int64_t i = 0; i < kWidth; ++i) panel[j * kWidth + i] = i < rows ? from[(first + i) * r + j] : 0;
+    }
+  }
+}
+
+// ---- one tile ------------------------------------------------------------------------------------------------------
+
+// Scratch of a tile, in the accumulation type.
+template <typename W>
+struct Workspace {
+  using acc = typename W::scalar;
+  acc* panel;   // [kGroup][kPanelStride] converted input
+  acc* sums;    // [tile][left_stride] coefficients, with lanes past the rank
+  acc* packed;  // [groups of tokens][r][tokens of the group] coefficients
+  acc* first;   // [tile][kBlock] converted features: of x
+  acc* second;  // likewise, of the input
+
+  Workspace(int64_t tile, int64_t r) {
+    const int64_t sizes[] = {kGroup * kPanelStride, tile * left_stride<W>(r), tile * r, tile * kBlock<W>,
+                             tile * kBlock<W>};
+    acc** parts[] = {&panel, &sums, &packed, &first, &second};
+    int64_t total = 0;
+    for (int64_t size : sizes) total += rounded_up(size, 16);
+    acc* at = reinterpret_cast<acc*>(scratch(0, size_t(total) * sizeof(acc)));
+    for (int i = 0; i < 5; ++i) {
+      *parts[i] = at;
+      at += rounded_up(sizes[i], 16);
+    }
+  }
+};
+
+// `count` features of a row as accumulators; whole vectors are written.
+template <typename S>
+inline void widen_row(const typename S::scalar* from, typename Wide<S>::scalar* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + S::kVecLanes <= count; i += S::kVecLanes) store(to + i, widen<S>(from + i));
+  if (i < count) store(to + i, widen_some<S>(from + i, count - i));
+}
+
+// coefficients of `count` tokens from t0
+template <typename S>
+void project(const Householder& a, const Workspace<Wide<S>>& work, int64_t t0, int64_t count) {
+  using W = Wide<S>;
+  using acc = typename W::scalar;
+  using Vec = typename W::Vec;
+  constexpr int kLanesHere = W::kVecLanes;
+  const int64_t stride = left_stride<W>(a.r);
+  const auto* in = static_cast<const typename S::scalar*>(a.in.data) + t0 * a.in.stride;
+  const acc* left = static_cast<const acc*>(a.left);
+  for (int64_t i = 0; i < count * stride; ++i) work.sums[i] = 0;
+  for (int64_t f = 0; f < a.n_in; f += kPanel) {
+    const int64_t features = smaller(kPanel, a.n_in - f);
+    in_groups<kGroup>(count, [&](auto rows, int64_t t) {
+      constexpr int kRows = rows.value;
+      for (int i = 0; i < kRows; ++i)
+        widen_row<S>(in + (t + i) * a.in.stride + f, work.panel + i * kPanelStride, features);
+      auto add = [&](auto vectors, int64_t j) {
+        Vec sum[kRows][vectors.value] = {};
+        multiply<W, kPanelStride>(work.panel, 1, left + f * stride + j, stride, features, sum);
+        acc* to = work.sums + t * stride + j;
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+          for (int v = 0; v < vectors.value; ++v) {
+            acc* at = to + i * stride + v * kLanesHere;
+            store(at, load<Vec>(at) + sum[i][v]);
+          }
+        }
+      };
+      int64_t j = 0;
+      for (; j + 2 * kLanesHere <= stride; j += 2 * kLanesHere) add(std::integral_constant<int, 2>{}, j);
+      if (j < stride) add(std::integral_constant<int, 1>{}, j);
+    });
+  }
+  acc* coefficients = static_cast<acc*>(a.coefficients) + t0 * a.r;
+  for (int64_t t = 0; t < count; ++t)
+    std::memcpy(coefficients + t * a.r, work.sums + t * stride, size_t(a.r) * sizeof(acc));
+}
+
+template <typename W>
+void pack_coefficients(const Householder& a, const Workspace<W>& work, int64_t t0, int64_t count) {
+  const auto* from = static_cast<const typename W::scalar*>(a.coefficients) + t0 * a.r;
+  in_groups<kGroup>(count, [&](auto rows, int64_t t) {
+    for (int i = 0; i < rows.value; ++i) {
+      for (int64_t j = 0; j < a.r; ++j) work.packed[t * a.r + j * rows.value + i] = from[(t + i) * a.r + j];
+    }
+  });
+}
+
+// Features [f, f + width) of out = base − coefficients · rightᵀ
+template <typename S>
+void update(const Householder& a, const Workspace<Wide<S>>& work, int64_t t0, int64_t count, int64_t f, int64_t width) {
+  using W = Wide<S>;
+  using Vec = typename W::Vec;
+  using scalar = typename S::scalar;
+  constexpr int kLanesHere = W::kVecLanes;
+  const auto* base = static_cast<const scalar*>(a.base.data) + t0 * a.base.stride;
+  auto* out = static_cast<scalar*>(a.out.data) + t0 * a.out.stride;
+  in_groups<kGroup>(count, [&](auto rows, int64_t t) {
+    constexpr int kRows = rows.value;
+    for (int64_t c = f; c < f + width; c += kColumns<W>) {
+      Vec sum[kRows][2] = {};
+      multiply<W, 1>(work.packed + t * a.r, kRows, static_cast<const typename W::scalar*>(a.right) + c * a.r,
+                     kColumns<W>, a.r, sum);
+      const bool whole = c + kColumns<W> <= f + width;
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          const int64_t at = c + v * kLanesHere;
+          const scalar* from = base + (t + i) * a.base.stride + at;
+          scalar* to = out + (t + i) * a.out.stride + at;
+          if (whole) {
+            narrow<S>(widen<S>(from) - sum[i][v], to);
+          } else if (const int64_t rest = smaller(f + width - at, kLanesHere); rest > 0) {
+            narrow_some<S>(widen_some<S>(from, rest) - sum[i][v], to, rest);
+          }
+        }
+      }
+    }
+  });
+}
+
+// One product of features with coefficients, summed over the tokens of a tile.
+template <typename B>
+struct Term {
+  const typename B::scalar* features;  // from the first feature of a block
+  int64_t stride;
+  const typename Wide<B>::scalar* coefficients;  // [tokens, r]
+};
+
+// partial [r][stride], `width` features from where it points: (+)= the terms
+template <typename B>
+void add_sums(const Term<B>* terms, int count_terms, int64_t count, int64_t r, int64_t width,
+              typename Wide<B>::scalar* partial, int64_t stride, bool fresh) {
+  using W = Wide<B>;
+  using Vec = typename W::Vec;
+  in_groups<kRanks>(r, [&](auto ranks, int64_t j) {
+    constexpr int kHere = ranks.value;
+    for (int64_t c = 0; c < width; c += kColumns<W>) {
+      Vec sum[kHere][2] = {};
+      for (int k = 0; k < count_terms; ++k)
+        multiply<B, 1>(terms[k].coefficients + j, r, terms[k].features + c, terms[k].stride, count, sum);
+      auto* to = partial + j * stride + c;
+#pragma GCC unroll 16
+      for (int i = 0; i < kHere; ++i) {
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          auto* at = to + i * stride + v * W::kVecLanes;
+          store(at, fresh ? sum[i][v] : load<Vec>(at) + sum[i][v]);
+        }
+      }
+    }
+  });
+}
+
+template <typename S>
+void tile_sums(const Householder& a, const Workspace<Wide<S>>& work, const Rows& features, const void* coefficients,
+               const Rows& more, const void* more_coefficients, int64_t t0, int64_t count, int64_t f, int64_t width,
+               typename Wide<S>::scalar* partial, int64_t stride, bool fresh) {
+  using W = Wide<S>;
+  using acc = typename W::scalar;
+  const Rows* rows[] = {&features, &more};
+  const void* factors[] = {coefficients, more_coefficients};
+  acc* converted[] = {work.first, work.second};
+  Term<W> terms[2];
+  const int used = more.data == nullptr ? 1 : 2;
+  for (int k = 0; k < used; ++k) {
+    const auto* from = static_cast<const typename S::scalar*>(rows[k]->data) + t0 * rows[k]->stride + f;
+    for (int64_t t = 0; t < count; ++t) {
+      acc* to = converted[k] + t * kBlock<W>;
+      if (width < kBlock<W>) {
+        for (int64_t i = 0; i < kBlock<W>; ++i) to[i] = 0;
+      }
+      widen_row<S>(from + t * rows[k]->stride, to, width);
+    }
+    terms[k] = {converted[k], kBlock<W>, static_cast<const acc*>(factors[k]) + t0 * a.r};
+  }
+  add_sums<W>(terms, used, count, a.r, width, partial + f, stride, fresh);
+}
+
+template <typename S>
+void run_tile(const Householder& a, const Workspace<Wide<S>>& work, int64_t split, int64_t t0, int64_t count,
+              bool fresh) {
+  using W = Wide<S>;
+  using acc = typename W::scalar;
+  if (a.in.data != nullptr) project<S>(a, work, t0, count);
+  if (a.out.data != nullptr) pack_coefficients<W>(a, work, t0, count);
+  const int64_t out_stride = partial_stride(a.n_out), in_stride = partial_stride(a.n_in);
+  acc* partial_out = static_cast<acc*>(a.partial_out);
+  acc* partial_in = static_cast<acc*>(a.partial_in);
+  if (partial_out != nullptr) partial_out += split * a.r * out_stride;
+  if (partial_in != nullptr) partial_in += split * a.r * in_stride;
+  if (a.out.data != nullptr || partial_out != nullptr) {
+    for (int64_t f = 0; f < a.n_out; f += kBlock<W>) {
+      const int64_t width = smaller(kBlock<W>, a.n_out - f);
+      if (a.out.data != nullptr) update<S>(a, work, t0, count, f, width);
+      if (partial_out != nullptr) {
+        tile_sums<S>(a, work, a.x, a.coefficients, a.joint ? a.in : Rows{}, a.saved, t0, count, f, width, partial_out,
+                     out_stride, fresh);
+      }
+    }
+  }
+  if (partial_in != nullptr) {
+    for (int64_t f = 0; f < a.n_in; f += kBlock<W>) {
+      const int64_t width = smaller(kBlock<W>, a.n_in - f);
+      tile_sums<S>(a, work, a.in, a.saved, Rows{}, nullptr, t0, count, f, width, partial_in, in_stride, fresh);
+    }
+  }
+}
+
+template <typename S>
+void run_as(const Householder& a, int64_t begin, int64_t end) {
+  const Workspace<Wide<S>> work(a.tile, a.r);
+  const int64_t tiles = a.tiles();
+  for (int64_t split = begin; split < end; ++split) {
+    const int64_t first = part(tiles, split, a.splits), last = part(tiles, split + 1, a.splits);
+    for (int64_t which = first; which < last; ++which) {
+      const int64_t t0 = which * a.tile;
+      run_tile<S>(a, work, split, t0, smaller(a.tile, a.T - t0), which == first);
+    }
+  }
+}
+
+// ---- reduction -----------------------------------------------------------------------------------------------------
+
+template <typename W>
+void reduce_as(const typename W::scalar* partial, typename W::scalar* sum, int64_t splits, int64_t n, int64_t r,
+               int64_t begin, int64_t end) {
+  constexpr int64_t kWidth = 64;
+  const int64_t stride = partial_stride(n);
+  for (int64_t f = begin; f < end; f += kWidth) {
+    const int64_t width = smaller(kWidth, end - f);
+    for (int64_t j = 0; j < r; ++j) {
+      double sums[kWidth] = {};
+      for (int64_t s = 0; s < splits; ++s) {
+        const typename W::scalar* from = partial + (s * r + j) * stride + f;
+        for (int64_t i = 0; i < width; ++i) sums[i] += double(from[i]);
+      }
+      for (int64_t i = 0; i < width; ++i) sum[(f + i) * r + j] = typename W::scalar(sums[i]);
+    }
+  }
+}
+
+// ---- dispatch over types -------------------------------------------------------------------------------------------
+
+int64_t left_size(Scalar type, int64_t n, int64_t r) {
+  return n * (type == Scalar::kF64 ? left_stride<F64>(r) : left_stride<F32>(r));
+}
+
+int64_t right_size(Scalar, int64_t n, int64_t r) { return rounded_up(n, kRightBlock) * r; }
+
+void pack_left(Scalar type, const void* from, void* to, int64_t n, int64_t r, int64_t begin, int64_t end) {
+  if (type == Scalar::kF64) {
+    pack_left_as<F64>(static_cast<const double*>(from), static_cast<double*>(to), r, begin, end);
+  } else {
+    pack_left_as<F32>(static_cast<const float*>(from), static_cast<float*>(to), r, begin, end);
+  }
+}
+
+void pack_right(Scalar type, const void* from, void* to, int64_t n, int64_t r, int64_t begin, int64_t end) {
+  if (type == Scalar::kF64) {
+    pack_right_as<F64>(static_cast<const double*>(from), static_cast<double*>(to), n, r, begin, end);
+  } else {
+    pack_right_as<F32>(static_cast<const float*>(from), static_cast<float*>(to), n, r, begin, end);
+  }
+}
+
+void run(const Householder& a, int64_t begin, int64_t end) {
+  switch (a.type) {
+    case Scalar::kF32:
+      return run_as<F32>(a, begin, end);
+    case Scalar::kF64:
+      return run_as<F64>(a, begin, end);
+    case Scalar::kBF16:
+      return run_as<BF16>(a, begin, end);
+    case Scalar::kF16:
+      return run_as<F16>(a, begin, end);
+  }
+}
+
+void reduce(Scalar type, const void* partial, void* sum, int64_t splits, int64_t n, int64_t r, int64_t begin,
+            int64_t end) {
+  if (type == Scalar::kF64) {
+    reduce_as<F64>(static_cast<const double*>(partial), static_cast<double*>(sum), splits, n, r, begin, end);
+  } else {
+    reduce_as<F32>(static_cast<const float*>(partial), static_cast<float*>(sum), splits, n, r, begin, end);
+  }
+}
+
+}  // namespace
+
+extern const HouseholderKernels kHouseholderKernels;
+const HouseholderKernels kHouseholderKernels = {left_size, right_size, pack_left, pack_right, run, reduce};
+
+}  // namespace frodkernels::cpu::FRODKERNELS_ISA
