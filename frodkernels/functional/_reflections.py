@@ -95,7 +95,7 @@ def dependent_columns(u: Tensor) -> int:
     unit = wide / torch.linalg.vector_norm(wide, dim=0)
     if u.numel() == 0 or not torch.isfinite(unit).all():
         return 0
-    remainder = torch.linalg.qr(unit).R.diagonal().abs()
+    remainder = torch.linalg.qr(unit, mode="r").R.diagonal().abs()
     precision = torch.finfo(torch.float64 if u.dtype == torch.float64 else torch.float32).eps
     return int((remainder < 64 * precision).sum())
 

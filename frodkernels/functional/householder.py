@@ -96,7 +96,7 @@ def householder(x: Tensor, u: Tensor, *, transpose: bool = False, orthogonalize:
 def orthogonality_penalty(u: Tensor) -> Tensor:
     """HRA's regulariser ``||Q^T Q - I||_F`` on the unit columns Q of u: 0 when the reflections are orthogonal.
 
-    Add it to the loss, weighted, to keep directions apart (https://arxiv.org/abs/2405.17484, section 4). Plain PyTorch:
+    Add it to the loss, weighted, to keep directions apart (https://arxiv.org/abs/2405.17484). Plain PyTorch:
     differentiable any number of times, on any device.
 
     Args:
