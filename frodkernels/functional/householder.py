@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
+from frodkernels.functional._common import autocast_dtype, autocast_off, check_tensor, first_order, without_autocast
 from frodkernels.functional._reflections import Reflections, check_reflections, warn_if_deficient
 from frodkernels.ops import householder as ops
 from frodkernels.reference.householder import accumulator
@@ -111,7 +111,7 @@ def orthogonality_penalty(u: Tensor) -> Tensor:
     check_tensor(u, "u")
     if u.dim() != 2 or u.shape[1] < 1:
         raise ValueError(f"u must be [n, r] with r >= 1, got {list(u.shape)}")
-    with torch.autocast(u.device.type, enabled=False):
+    with autocast_off(u):
         wide = u.to(accumulator(u, u))
         unit = wide / torch.linalg.vector_norm(wide, dim=0)
         gram = unit.t() @ unit

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
+from frodkernels.functional._common import autocast_dtype, autocast_off, check_tensor, first_order, without_autocast
 from frodkernels.functional._reflections import Reflections, check_reflections, warn_if_deficient
 from frodkernels.ops import householder as ops
 
@@ -126,6 +126,6 @@ def correct_conv2d(
     m, r = weight.shape[0], u.shape[1]
     unit, mixer = Filters.apply(weight.flatten(1), u, orthogonalize)
     filters = unit.t().reshape(r, *weight.shape[1:]).to(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x):
         coefficients = F.conv2d(x, filters, None, stride, padding, dilation)
         return y - F.conv2d(coefficients, mixer.to(x.dtype).reshape(m, r, 1, 1))
