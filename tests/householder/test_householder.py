@@ -44,7 +44,7 @@ def test_gradcheck(backend, orthogonalize, transpose):
 @pytest.mark.parametrize("r", RANKS)
 def test_every_rank(r, orthogonalize):
     """Up to n, and beyond it without Gram-Schmidt; as good as plain torch in float32 too."""
-    for n in (r, r + 1, 150) if orthogonalize else (max(r // 2, 1), r, 150):
+    for n in (r, r + 22) if orthogonalize else (max(r // 2, 1), r, 150):
         assert_exact(make_chain(n, r, 9), orthogonalize=orthogonalize)
     assert_as_good_as_plain(make_chain(150, r, 40, dtype=torch.float32), orthogonalize=orthogonalize)
 
