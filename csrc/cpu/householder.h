@@ -51,24 +51,25 @@ struct Householder {
 };
 
 struct HouseholderKernels {
-  // Elements of the accumulation type that the packed matrix [n, r] needs.
+  // Elements of the accumulation type that the packed matrix [n, r] needs; 0: the kernels take it as it is.
   int64_t (*left_size)(Scalar type, int64_t n, int64_t r);
   int64_t (*right_size)(Scalar type, int64_t n, int64_t r);
-  // Pack rows of a contiguous [n, r]. Rows [begin, end) of left; blocks of `kRightBlock` rows of right.
+  // Pack rows [begin, end) of a contiguous [n, r]; begin is a multiple of kUnit.
   void (*pack_left)(Scalar type, const void* from, void* to, int64_t n, int64_t r, int64_t begin, int64_t end);
   void (*pack_right)(Scalar type, const void* from, void* to, int64_t n, int64_t r, int64_t begin, int64_t end);
   // Run the splits [begin, end).
   void (*run)(const Householder&, int64_t begin, int64_t end);
-  // Features [begin, end) of sum [n, r]: the partial sums of all splits, added up in order, transposed.
+  // Features [begin, end) of sum [n, r], begin a multiple of kUnit: the partial sums of all splits, added up in order,
+  // transposed.
   void (*reduce)(Scalar type, const void* partial, void* sum, int64_t splits, int64_t n, int64_t r, int64_t begin,
                  int64_t end);
 };
 
-// Rows of `right` that are packed together.
-constexpr int64_t kRightBlock = 64;
+// Features are dealt to threads in multiples of this where they are packed or reduced.
+constexpr int64_t kUnit = 64;
 
 // From one rank to the next in partial sums over n features: whole vectors, and not a power of two.
-constexpr int64_t partial_stride(int64_t n) { return (n + 63) / 64 * 64 + 16; }
+constexpr int64_t partial_stride(int64_t n) { return (n + kUnit - 1) / kUnit * kUnit + 16; }
 
 const HouseholderKernels& householder_kernels(Isa isa);
 

@@ -2,6 +2,7 @@
 //
 // The kernels of householder.h for one ISA level.
 #include "householder.h"
+#include "householder_layout.h"
 #include "products.h"
 #include "scratch.h"
 
@@ -12,59 +13,11 @@ namespace {
 constexpr int64_t kPanel = 256;
 constexpr int kPanelStride = kPanel + 16;  // rows a power of two apart would share cache sets
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t rounded_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / parts; }
 
-// Columns of packed `right`, and of a block of features of the update and the sums.
-template <typename S>
-constexpr int kColumns = 2 * S::kVecLanes;
-template <typename S>
-constexpr int64_t kBlock = 4 * S::kVecLanes;
-static_assert(kRightBlock % kBlock<F32> == 0 && kRightBlock % kBlock<F64> == 0);
-
-// ---- packing -------------------------------------------------------------------------------------------------------
-
+// Features of the update and the sums at a time.
 template <typename W>
-int64_t left_stride(int64_t r) {
-  return rounded_up(r, W::kVecLanes);
-}
-
-template <typename W>
-void pack_left_as(const typename W::scalar* from, typename W::scalar* to, int64_t r, int64_t begin, int64_t end) {
-  const int64_t stride = left_stride<W>(r);
-  for (int64_t i = begin; i < end; ++i) {
-    std::memcpy(to + i * stride, from + i * r, size_t(r) * sizeof(*to));
-    for (int64_t j = r; j < stride; ++j) to[i * stride + j] = 0;
-  }
-}
-
-// [columns][r][kColumns], zeros past the last row.
-template <typename W>
-void pack_right_as(const typename W::scalar* from, typename W::scalar* to, int64_t n, int64_t r, int64_t begin,
-                   int64_t end) {
-  constexpr int64_t kWidth = kColumns<W>;
-  for (int64_t first = begin * kRightBlock; first < smaller(end * kRightBlock, n); first += kWidth) {
-    typename W::scalar* panel = to + first * r;
-    const int64_t rows = smaller(kWidth, n - first);
-    int64_t j = 0;
-    if constexpr (sizeof(*to) == 4) {
-      for (; j + kLanes <= r && rows == kWidth; j += kLanes) {
-        for (int64_t half = 0; half < kWidth; half += kLanes) {
-          vu words[kLanes];
-#pragma GCC unroll 16
-          for (int l = 0; l < kLanes; ++l) words[l] = load<vu>(from + (first + half + l) * r + j);
-          transpose_words(words);
-#pragma GCC unroll 16
-          for (int l = 0; l < kLanes; ++l) store(panel + (j + l) * kWidth + half, words[l]);
-        }
-      }
-    }
-    for (; j < r; ++j) {
-      for (int64_t i = 0; i < kWidth; ++i) panel[j * kWidth + i] = i < rows ? from[(first + i) * r + j] : 0;
-    }
-  }
-}
+constexpr int64_t kBlock = 2 * kColumns<W>;
 
 // ---- one tile ------------------------------------------------------------------------------------------------------
 
@@ -79,7 +32,7 @@ struct Workspace {
   acc* second;  // likewise, of the input
 
   Workspace(int64_t tile, int64_t r) {
-    const int64_t sizes[] = {kGroup * kPanelStride, tile * left_stride<W>(r), tile * r, tile * kBlock<W>,
+    const int64_t sizes[] = {kGroup * kPanelStride, tile * rounded_up(r, W::kVecLanes), tile * r, tile * kBlock<W>,
                              tile * kBlock<W>};
     acc** parts[] = {&panel, &sums, &packed, &first, &second};
     int64_t total = 0;
@@ -100,14 +53,55 @@ inline void widen_row(const typename S::scalar* from, typename Wide<S>::scalar* 
   if (i < count) store(to + i, widen_some<S>(from + i, count - i));
 }
 
-// coefficients of `count` tokens from t0
+// Coefficients of `count` tokens from t0, for a rank of at most half a vector: vectors run along the features, two
+// tokens at a time, whose sums over the lanes come out of one tree of shuffles as one vector.
+template <typename S>
+void project_low_rank(const Householder& a, int64_t t0, int64_t count) {
+  using W = Wide<S>;
+  using acc = typename W::scalar;
+  using Vec = typename W::Vec;
+  constexpr int kVec = W::kVecLanes, kHalf = kVec / 2;
+  constexpr int64_t kSlice = 16 * kPanel / kVec * 4;  // features whose part of `left` stays in L1
+  const int64_t stride = left_stride<W>(a.n_in, a.r);
+  acc* coefficients = static_cast<acc*>(a.coefficients) + t0 * a.r;
+  for (int64_t i = 0; i < count * a.r; ++i) coefficients[i] = 0;
+  for (int64_t f = 0; f < a.n_in; f += kSlice) {
+    const int64_t features = smaller(kSlice, a.n_in - f), whole = features / kVec * kVec;
+    const auto* in = static_cast<const typename S::scalar*>(a.in.data) + t0 * a.in.stride + f;
+    const acc* left = static_cast<const acc*>(a.left) + f;
+    for (int64_t t = 0; t < count; t += 2) {
+      const auto* one = in + t * a.in.stride;
+      const auto* two = t + 1 < count ? one + a.in.stride : one;
+      Vec sum[kVec] = {};
+      auto add = [&](Vec x, Vec y, const acc* column) {
+#pragma GCC unroll 8
+        for (int j = 0; j < kHalf; ++j) {
+          const Vec factor = load<Vec>(column + j * stride);
+          sum[j] += x * factor;
+          sum[kHalf + j] += y * factor;
+        }
+      };
+      for (int64_t i = 0; i < whole; i += kVec) add(widen<S>(one + i), widen<S>(two + i), left + i);
+      if (const int64_t rest = features - whole; rest > 0)
+        add(widen_some<S>(one + whole, rest), widen_some<S>(two + whole, rest), left + whole);
+      acc all[kVec];
+      store(all, sum_each<Vec, typename W::Mask>(sum));
+      acc* to = coefficients + t * a.r;
+      for (int64_t j = 0; j < a.r; ++j) to[j] += all[j];
+      if (two == one) continue;
+      for (int64_t j = 0; j < a.r; ++j) to[a.r + j] += all[kHalf + j];
+    }
+  }
+}
+
+// Coefficients of `count` tokens from t0: vectors run along the ranks.
 template <typename S>
 void project(const Householder& a, const Workspace<Wide<S>>& work, int64_t t0, int64_t count) {
   using W = Wide<S>;
   using acc = typename W::scalar;
   using Vec = typename W::Vec;
   constexpr int kLanesHere = W::kVecLanes;
-  const int64_t stride = left_stride<W>(a.r);
+  const int64_t stride = rounded_up(a.r, W::kVecLanes);
   const auto* in = static_cast<const typename S::scalar*>(a.in.data) + t0 * a.in.stride;
   const acc* left = static_cast<const acc*>(a.left);
   for (int64_t i = 0; i < count * stride; ++i) work.sums[i] = 0;
@@ -156,28 +150,34 @@ void update(const Householder& a, const Workspace<Wide<S>>& work, int64_t t0, in
   using W = Wide<S>;
   using Vec = typename W::Vec;
   using scalar = typename S::scalar;
-  constexpr int kLanesHere = W::kVecLanes;
-  const auto* base = static_cast<const scalar*>(a.base.data) + t0 * a.base.stride;
-  auto* out = static_cast<scalar*>(a.out.data) + t0 * a.out.stride;
+  constexpr int kVec = W::kVecLanes;
+  const int64_t r = a.r, base_stride = a.base.stride, out_stride = a.out.stride;
+  const auto* base = static_cast<const scalar*>(a.base.data) + t0 * base_stride;
+  auto* out = static_cast<scalar*>(a.out.data) + t0 * out_stride;
+  const auto* right = static_cast<const typename W::scalar*>(a.right);
   in_groups<kGroup>(count, [&](auto rows, int64_t t) {
     constexpr int kRows = rows.value;
     for (int64_t c = f; c < f + width; c += kColumns<W>) {
       Vec sum[kRows][2] = {};
-      multiply<W, 1>(work.packed + t * a.r, kRows, static_cast<const typename W::scalar*>(a.right) + c * a.r,
-                     kColumns<W>, a.r, sum);
-      const bool whole = c + kColumns<W> <= f + width;
+      multiply<W, 1>(work.packed + t * r, kRows, right + c * r, kColumns<W>, r, sum);
+      const scalar* from = base + t * base_stride + c;
+      scalar* to = out + t * out_stride + c;
+      const int64_t rest = f + width - c;
+      if (rest >= kColumns<W>) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          const int64_t at = c + v * kLanesHere;
-          const scalar* from = base + (t + i) * a.base.stride + at;
-          scalar* to = out + (t + i) * a.out.stride + at;
-          if (whole) {
-            narrow<S>(widen<S>(from) - sum[i][v], to);
-          } else if (const int64_t rest = smaller(f + width - at, kLanesHere); rest > 0) {
-            narrow_some<S>(widen_some<S>(from, rest) - sum[i][v], to, rest);
-          }
+        for (int i = 0; i < kRows; ++i) {
+          narrow<S>(widen<S>(from) - sum[i][0], to);
+          narrow<S>(widen<S>(from + kVec) - sum[i][1], to + kVec);
+          from += base_stride;
+          to += out_stride;
+        }
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          narrow_some<S>(widen_some<S>(from, smaller(rest, kVec)) - sum[i][0], to, smaller(rest, kVec));
+          if (rest > kVec) narrow_some<S>(widen_some<S>(from + kVec, rest - kVec) - sum[i][1], to + kVec, rest - kVec);
+          from += base_stride;
+          to += out_stride;
         }
       }
     }
@@ -217,29 +217,35 @@ void add_sums(const Term<B>* terms, int count_terms, int64_t count, int64_t r, i
   });
 }
 
+// Features [f, f + width): xᵀ coefficients, and the second product where there is one.
 template <typename S>
-void tile_sums(const Householder& a, const Workspace<Wide<S>>& work, const Rows& features, const void* coefficients,
-               const Rows& more, const void* more_coefficients, int64_t t0, int64_t count, int64_t f, int64_t width,
+void tile_sums(const Householder& a, const Workspace<Wide<S>>& work, const Rows (&rows)[2],
+               const void* const (&factors)[2], int64_t t0, int64_t count, int64_t f, int64_t width,
                typename Wide<S>::scalar* partial, int64_t stride, bool fresh) {
   using W = Wide<S>;
   using acc = typename W::scalar;
-  const Rows* rows[] = {&features, &more};
-  const void* factors[] = {coefficients, more_coefficients};
+  const int used = rows[1].data == nullptr ? 1 : 2;
+  Term<S> direct[2];
+  for (int k = 0; k < used; ++k) {
+    const auto* features = static_cast<const typename S::scalar*>(rows[k].data) + t0 * rows[k].stride + f;
+    direct[k] = {features, rows[k].stride, static_cast<const acc*>(factors[k]) + t0 * a.r};
+  }
+  // Read once: straight from the tensor. Read for several blocks of ranks: converted once, and gathered, as rows a
+  // power of two apart would push each other out of L1.
+  if (a.r <= kRanks && width == kBlock<W>) return add_sums<S>(direct, used, count, a.r, width, partial, stride, fresh);
   acc* converted[] = {work.first, work.second};
   Term<W> terms[2];
-  const int used = more.data == nullptr ? 1 : 2;
   for (int k = 0; k < used; ++k) {
-    const auto* from = static_cast<const typename S::scalar*>(rows[k]->data) + t0 * rows[k]->stride + f;
     for (int64_t t = 0; t < count; ++t) {
       acc* to = converted[k] + t * kBlock<W>;
       if (width < kBlock<W>) {
         for (int64_t i = 0; i < kBlock<W>; ++i) to[i] = 0;
       }
-      widen_row<S>(from + t * rows[k]->stride, to, width);
+      widen_row<S>(direct[k].features + t * direct[k].stride, to, width);
     }
-    terms[k] = {converted[k], kBlock<W>, static_cast<const acc*>(factors[k]) + t0 * a.r};
+    terms[k] = {converted[k], kBlock<W>, direct[k].coefficients};
   }
-  add_sums<W>(terms, used, count, a.r, width, partial + f, stride, fresh);
+  add_sums<W>(terms, used, count, a.r, width, partial, stride, fresh);
 }
 
 template <typename S>
@@ -247,7 +253,13 @@ void run_tile(const Householder& a, const Workspace<Wide<S>>& work, int64_t spli
               bool fresh) {
   using W = Wide<S>;
   using acc = typename W::scalar;
-  if (a.in.data != nullptr) project<S>(a, work, t0, count);
+  if (a.in.data != nullptr) {
+    if (low_rank<W>(a.r)) {
+      project_low_rank<S>(a, t0, count);
+    } else {
+      project<S>(a, work, t0, count);
+    }
+  }
   if (a.out.data != nullptr) pack_coefficients<W>(a, work, t0, count);
   const int64_t out_stride = partial_stride(a.n_out), in_stride = partial_stride(a.n_in);
   acc* partial_out = static_cast<acc*>(a.partial_out);
@@ -259,15 +271,15 @@ void run_tile(const Householder& a, const Workspace<Wide<S>>& work, int64_t spli
       const int64_t width = smaller(kBlock<W>, a.n_out - f);
       if (a.out.data != nullptr) update<S>(a, work, t0, count, f, width);
       if (partial_out != nullptr) {
-        tile_sums<S>(a, work, a.x, a.coefficients, a.joint ? a.in : Rows{}, a.saved, t0, count, f, width, partial_out,
-                     out_stride, fresh);
+        tile_sums<S>(a, work, {a.x, a.joint ? a.in : Rows{}}, {a.coefficients, a.saved}, t0, count, f, width,
+                     partial_out + f, out_stride, fresh);
       }
     }
   }
   if (partial_in != nullptr) {
     for (int64_t f = 0; f < a.n_in; f += kBlock<W>) {
       const int64_t width = smaller(kBlock<W>, a.n_in - f);
-      tile_sums<S>(a, work, a.in, a.saved, Rows{}, nullptr, t0, count, f, width, partial_in, in_stride, fresh);
+      tile_sums<S>(a, work, {a.in, Rows{}}, {a.saved, nullptr}, t0, count, f, width, partial_in + f, in_stride, fresh);
     }
   }
 }
@@ -285,48 +297,20 @@ void run_as(const Householder& a, int64_t begin, int64_t end) {
   }
 }
 
-// ---- reduction -----------------------------------------------------------------------------------------------------
-
-template <typename W>
-void reduce_as(const typename W::scalar* partial, typename W::scalar* sum, int64_t splits, int64_t n, int64_t r,
-               int64_t begin, int64_t end) {
-  constexpr int64_t kWidth = 64;
-  const int64_t stride = partial_stride(n);
-  for (int64_t f = begin; f < end; f += kWidth) {
-    const int64_t width = smaller(kWidth, end - f);
-    for (int64_t j = 0; j < r; ++j) {
-      double sums[kWidth] = {};
-      for (int64_t s = 0; s < splits; ++s) {
-        const typename W::scalar* from = partial + (s * r + j) * stride + f;
-        for (int64_t i = 0; i < width; ++i) sums[i] += double(from[i]);
-      }
-      for (int64_t i = 0; i < width; ++i) sum[(f + i) * r + j] = typename W::scalar(sums[i]);
-    }
-  }
-}
-
 // ---- dispatch over types -------------------------------------------------------------------------------------------
 
 int64_t left_size(Scalar type, int64_t n, int64_t r) {
-  return n * (type == Scalar::kF64 ? left_stride<F64>(r) : left_stride<F32>(r));
+  return type == Scalar::kF64 ? left_size_as<F64>(n, r) : left_size_as<F32>(n, r);
 }
 
-int64_t right_size(Scalar, int64_t n, int64_t r) { return rounded_up(n, kRightBlock) * r; }
+int64_t right_size(Scalar, int64_t n, int64_t r) { return rounded_up(n, kUnit) * r; }
 
 void pack_left(Scalar type, const void* from, void* to, int64_t n, int64_t r, int64_t begin, int64_t end) {
-  if (type == Scalar::kF64) {
-    pack_left_as<F64>(static_cast<const double*>(from), static_cast<double*>(to), r, begin, end);
-  } else {
-    pack_left_as<F32>(static_cast<const float*>(from), static_cast<float*>(to), r, begin, end);
-  }
+  (type == Scalar::kF64 ? pack_left_as<F64> : pack_left_as<F32>)(from, to, n, r, begin, end);
 }
 
 void pack_right(Scalar type, const void* from, void* to, int64_t n, int64_t r, int64_t begin, int64_t end) {
-  if (type == Scalar::kF64) {
-    pack_right_as<F64>(static_cast<const double*>(from), static_cast<double*>(to), n, r, begin, end);
-  } else {
-    pack_right_as<F32>(static_cast<const float*>(from), static_cast<float*>(to), n, r, begin, end);
-  }
+  (type == Scalar::kF64 ? pack_right_as<F64> : pack_right_as<F32>)(from, to, n, r, begin, end);
 }
 
 void run(const Householder& a, int64_t begin, int64_t end) {
@@ -344,11 +328,7 @@ void run(const Householder& a, int64_t begin, int64_t end) {
 
 void reduce(Scalar type, const void* partial, void* sum, int64_t splits, int64_t n, int64_t r, int64_t begin,
             int64_t end) {
-  if (type == Scalar::kF64) {
-    reduce_as<F64>(static_cast<const double*>(partial), static_cast<double*>(sum), splits, n, r, begin, end);
-  } else {
-    reduce_as<F32>(static_cast<const float*>(partial), static_cast<float*>(sum), splits, n, r, begin, end);
-  }
+  (type == Scalar::kF64 ? reduce_as<F64> : reduce_as<F32>)(partial, sum, splits, n, r, begin, end);
 }
 
 }  // namespace

@@ -7,8 +7,12 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
+#include <new>
+#include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "../cpu/householder.h"
@@ -53,56 +57,89 @@ Tensor as_type(const Tensor& t, ScalarType type, const char* name) {
   return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
-// A factor as the kernels want it: the tensor itself, where that is so already.
-class Factor {
-  Tensor tensor_;
-  std::unique_ptr<char[]> packed_;
+// Memory for one call, which its thread keeps for the next one unless it is a lot: fresh pages would cost as much as
+// what is written to them.
+class Scratch {
+  struct Buffer {
+    std::unique_ptr<char, decltype(&std::free)> data{nullptr, &std::free};
+    size_t size = 0;
+  };
+  static constexpr size_t kAlignment = 64, kKept = size_t(8) << 20;
+  enum { kSlots = 4 };
+  static Buffer& kept(int slot) {
+    thread_local Buffer buffers[kSlots];
+    return buffers[slot];
+  }
+  const int slot_;
+  Buffer buffer_;
 
  public:
-  const void* data = nullptr;
+  enum Slot { kLeft, kRight, kOutSums, kInSums };
 
-  Factor(const Tensor& contiguous, bool left, const cpu::HouseholderKernels& kernels) : tensor_(contiguous) {
-    const Scalar type = scalar_of(tensor_, "a factor");
-    const int64_t n = tensor_.size(0), r = tensor_.size(1);
-    const int64_t size = (left ? kernels.left_size : kernels.right_size)(type, n, r);
-    const void* from = tensor_.const_data_ptr();
-    data = from;
-    if (left && size == n * r) return;
-    packed_.reset(new char[size_t(size) * (type == Scalar::kF64 ? 8 : 4)]);
-    data = packed_.get();
-    auto* pack = left ? kernels.pack_left : kernels.pack_right;
-    const int64_t unit = left ? 1 : cpu::kRightBlock;
-    parallel_for(0, (n + unit - 1) / unit, std::max<int64_t>(kGrain / (unit * std::max<int64_t>(r, 1)), 1),
-                 [&](int64_t begin, int64_t end) { pack(type, from, packed_.get(), n, r, begin, end); });
+  Scratch(Slot slot, int64_t elements, ScalarType type) : slot_(slot), buffer_(std::move(kept(slot))) {
+    const size_t wanted = size_t(elements) * (type == ScalarType::Double ? 8 : 4);
+    if (buffer_.data != nullptr && buffer_.size >= wanted) return;
+    buffer_.size = (wanted / kAlignment + 1) * kAlignment;
+    buffer_.data.reset();
+    buffer_.data.reset(static_cast<char*>(std::aligned_alloc(kAlignment, buffer_.size)));
+    if (buffer_.data == nullptr) throw std::bad_alloc();
   }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    if (buffer_.size <= kKept) kept(slot_) = std::move(buffer_);
+  }
+  void* data() const { return buffer_.data.get(); }
 };
 
-// Partial sums over [n, r], and their total.
-class Sums {
-  std::unique_ptr<char[]> partial_;
-  Tensor total_;
+// f(begin, end) over features in multiples of cpu::kUnit, on as many threads as the work per feature is worth.
+template <typename F>
+void over_features(int64_t n, int64_t work, F f) {
+  constexpr int64_t kUnit = cpu::kUnit;
+  const int64_t grain = std::max<int64_t>(kGrain / (kUnit * std::max<int64_t>(work, 1)), 1);
+  parallel_for(0, (n + kUnit - 1) / kUnit, grain,
+               [&](int64_t begin, int64_t end) { f(begin * kUnit, std::min(end * kUnit, n)); });
+}
+
+// A factor [n, r] as the kernels want it: the tensor itself, where that is so already.
+class Factor {
+  const Tensor tensor_;
+  std::optional<Scratch> packed_;
 
  public:
-  Sums(const Tensor& like, ScalarType type, int64_t n, int64_t r)
-      : total_(torch::stable::new_empty(like, {n, r}, type)) {}
-
-  void* allocate(int64_t splits) {
-    const int64_t size = splits * total_.size(1) * cpu::partial_stride(total_.size(0));
-    // Uninitialised on purpose: each task writes its own part, and touches its pages first.
-    partial_.reset(new char[size_t(size) * (total_.scalar_type() == ScalarType::Double ? 8 : 4)]);
-    return partial_.get();
+  Factor(const Tensor& factor, ScalarType type, const char* name, bool left, const cpu::HouseholderKernels& kernels)
+      : tensor_(as_type(factor, type, name)) {
+    const Scalar scalar = scalar_of(tensor_, name);
+    const int64_t n = tensor_.size(0), r = tensor_.size(1);
+    const int64_t size = (left ? kernels.left_size : kernels.right_size)(scalar, n, r);
+    if (size == 0) return;
+    packed_.emplace(left ? Scratch::kLeft : Scratch::kRight, size, type);
+    auto* pack = left ? kernels.pack_left : kernels.pack_right;
+    const void* from = tensor_.const_data_ptr();
+    over_features(n, r, [&](int64_t begin, int64_t end) { pack(scalar, from, packed_->data(), n, r, begin, end); });
   }
+  const void* data() const { return packed_.has_value() ? packed_->data() : tensor_.const_data_ptr(); }
+};
 
-  Tensor reduce(int64_t splits, const cpu::HouseholderKernels& kernels) {
-    const int64_t n = total_.size(0), r = total_.size(1);
-    void* to = total_.mutable_data_ptr();
-    const Scalar type = scalar_of(total_, "sums");
-    constexpr int64_t kUnit = 64;
-    const int64_t work = kUnit * std::max<int64_t>(splits * r, 1);
-    parallel_for(0, (n + kUnit - 1) / kUnit, std::max<int64_t>(kGrain / work, 1), [&](int64_t begin, int64_t end) {
-      kernels.reduce(type, partial_.get(), to, splits, n, r, begin * kUnit, std::min(end * kUnit, n));
+// The partial sums over [n, r]. Uninitialised on purpose: each task writes its own part, and touches its pages first.
+class Sums {
+  const int64_t splits_, n_, r_;
+  const ScalarType type_;
+  const Scratch partial_;
+
+ public:
+  Sums(Scratch::Slot slot, int64_t splits, int64_t n, int64_t r, ScalarType type)
+      : splits_(splits), n_(n), r_(r), type_(type), partial_(slot, splits * r * cpu::partial_stride(n), type) {}
+  void* data() const { return partial_.data(); }
+
+  Tensor total(const Tensor& like, const cpu::HouseholderKernels& kernels) const {
+    Tensor sum = torch::stable::new_empty(like, {n_, r_}, type_);
+    void* to = sum.mutable_data_ptr();
+    over_features(n_, splits_ * r_, [&](int64_t begin, int64_t end) {
+      kernels.reduce(type_ == ScalarType::Double ? Scalar::kF64 : Scalar::kF32, data(), to, splits_, n_, r_, begin,
+                     end);
     });
-    return total_;
+    return sum;
   }
 };
 
@@ -142,18 +179,18 @@ std::tuple<Tensor, Tensor> householder(const Tensor& x, const Tensor& left, cons
   Tensor coefficients = torch::stable::new_empty(x, {T, r}, type);
   Tensor out = right.has_value() ? torch::stable::new_empty(x, {T, m}) : torch::stable::new_empty(x, {0});
   const Tensor in = with_rows(x), from = base.has_value() ? with_rows(*base) : in;
-  const Factor packed_left(as_type(left, type, "left"), true, kernels);
+  const Factor packed_left(left, type, "left", true, kernels);
   a.in = rows(in);
-  a.left = packed_left.data;
+  a.left = packed_left.data();
   a.coefficients = coefficients.mutable_data_ptr();
   if (!right.has_value()) {
     run(a, kernels);
     return {out, coefficients};
   }
-  const Factor packed_right(as_type(*right, type, "right"), false, kernels);
+  const Factor packed_right(*right, type, "right", false, kernels);
   a.base = rows(from);
   a.out = rows(out);
-  a.right = packed_right.data;
+  a.right = packed_right.data();
   run(a, kernels);
   return {out, coefficients};
 }
@@ -179,17 +216,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> householder_backward(const Tensor& g,
   Tensor q = torch::stable::new_empty(g, {T, r}, type);
   const Tensor in = with_rows(g), features = with_rows(x), from = base.has_value() ? with_rows(*base) : in;
   const Tensor saved = as_type(coefficients, type, "coefficients");
-  const Factor packed_left(as_type(left, type, "left"), true, kernels);
-  const Tensor dense_right = as_type(right, type, "right");
+  const Factor packed_left(left, type, "left", true, kernels);
+  scalar_of(right, "right");
   a.in = rows(in);
-  a.left = packed_left.data;
+  a.left = packed_left.data();
   a.coefficients = q.mutable_data_ptr();
-  std::unique_ptr<Factor> packed_right;
+  std::optional<Factor> packed_right;
   if (needs[0]) {
-    packed_right = std::make_unique<Factor>(dense_right, false, kernels);
+    packed_right.emplace(right, type, "right", false, kernels);
     a.base = rows(from);
     a.out = rows(dx);
-    a.right = packed_right->data;
+    a.right = packed_right->data();
   }
   Tensor sum_x = torch::stable::new_empty(g, {0}, type), sum_g = torch::stable::new_empty(g, {0}, type);
   if (!needs[1]) {
@@ -201,12 +238,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> householder_backward(const Tensor& g,
   a.saved = saved.const_data_ptr();
   const int64_t widest = a.joint ? n : std::max(n, m);
   a.splits = split_count(T, a.tiles(), r * widest * (type == ScalarType::Double ? 8 : 4));
-  Sums of_x(g, type, n, r), of_g(g, type, a.joint ? 0 : m, r);
-  a.partial_out = of_x.allocate(a.splits);
-  if (!a.joint) a.partial_in = of_g.allocate(a.splits);
+  const Sums of_x(Scratch::kOutSums, a.splits, n, r, type), of_g(Scratch::kInSums, a.splits, a.joint ? 0 : m, r, type);
+  a.partial_out = of_x.data();
+  if (!a.joint) a.partial_in = of_g.data();
   run(a, kernels);
-  sum_x = of_x.reduce(a.splits, kernels);
-  if (!a.joint) sum_g = of_g.reduce(a.splits, kernels);
+  sum_x = of_x.total(g, kernels);
+  if (!a.joint) sum_g = of_g.total(g, kernels);
   return {dx, q, sum_x, sum_g};
 }
 
@@ -222,10 +259,10 @@ Tensor householder_gradient(const Tensor& x, const Tensor& q) {
   a.x = rows(features);
   a.coefficients = const_cast<void*>(factors.const_data_ptr());
   a.splits = split_count(a.T, a.tiles(), a.r * a.n_out * (type == ScalarType::Double ? 8 : 4));
-  Sums sums(x, type, a.n_out, a.r);
-  a.partial_out = sums.allocate(a.splits);
+  const Sums sums(Scratch::kOutSums, a.splits, a.n_out, a.r, type);
+  a.partial_out = sums.data();
   run(a, kernels);
-  return sums.reduce(a.splits, kernels);
+  return sums.total(x, kernels);
 }
 
 }  // namespace
