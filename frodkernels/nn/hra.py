@@ -253,11 +253,16 @@ def _patch(conv: nn.Module, name: str) -> int:
     return conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
 
 
-def corrected(y: Tensor, x: Tensor, base: nn.Conv2d, u: Tensor, orthogonalize: bool) -> Tensor:
-    """The adapted convolution from ``y = base(x)``, in y's dtype. Calls nothing of ``base``, reads its weight."""
+def corrected(
+    y: Tensor, x: Tensor, base: nn.Conv2d, u: Tensor, orthogonalize: bool, weight: Tensor | None = None
+) -> Tensor:
+    """The adapted convolution from ``y = base(x)``, in y's dtype. Calls nothing of ``base``, reads its weight.
+
+    ``weight``: what to take for it instead.
+    """
     padding: Any = base.padding
     if base.padding_mode != "zeros":  # as torch does it: pad first, then convolve without padding
         x = F.pad(x, base._reversed_padding_repeated_twice, mode=base.padding_mode)
         padding = 0
-    weight = base.weight.to(y.dtype)
+    weight = (base.weight if weight is None else weight).to(y.dtype)
     return correct_conv2d(y, x.to(y.dtype), weight, u, base.stride, padding, base.dilation, orthogonalize)  # type: ignore[arg-type]

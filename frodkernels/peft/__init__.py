@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run PEFT's structured sparse adapters on this package's kernels; models, files and behaviour stay PEFT's.
+"""Run PEFT's FRoD and HRA adapters on this package's kernels; models, files and behaviour stay PEFT's.
 
 PEFT is optional: importing this module does not import it, calling a function without it raises ImportError.
 """

@@ -7,7 +7,6 @@ of a million ends the process, and a wrong shape raises half way through and lea
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,23 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from frodkernels.ops.sparse_core import FLOATS
-from frodkernels.peft.frod_keys import (
-    INDICES,
-    LAMBDA,
-    PREFIX,
-    SIZE,
-    VALUES,
-    Passengers,
-    Target,
-    V,
-    base_model,
-    check_numbers,
-    target_layers,
-    with_aliases,
-)
-from frodkernels.peft.frod_plan import check_floats, check_indices, check_size
-
-logger = logging.getLogger("frodkernels")
+from frodkernels.peft.file_keys import PREFIX, Passengers, base_model, check_floats, check_keys, with_aliases
+from frodkernels.peft.frod_keys import INDICES, LAMBDA, SIZE, VALUES, Target, V, check_numbers, target_layers
+from frodkernels.peft.frod_plan import check_indices, check_size
 
 
 class _Category(NamedTuple):
@@ -88,7 +73,9 @@ def check_adapter_file(
     targets = target_layers(root, config)
     expected = _expectations(model, config, targets)
     layers = with_aliases(root, targets)
-    _check_keys(state, Passengers(root, config, adapter), layers, expected, adapter is None and not ignore_mismatched)
+    ours = {path + suffix for path in layers for suffix in (LAMBDA, VALUES)}
+    ours |= {prefix + category for category in expected for prefix in (V, INDICES, SIZE)}
+    check_keys(state, Passengers(root, config, adapter), ours, "FRoD", adapter is None and not ignore_mismatched)
     if config.save_projection:
         for category in expected:
             for prefix in (V, INDICES, SIZE):
@@ -108,41 +95,6 @@ def check_adapter_file(
                 raise ValueError(f"'{PREFIX}{path}{suffix}' is missing: the adapter's config targets that layer")
             for key in keys:
                 check_floats(state[key], (length,), f"'{key}'")
-
-
-def _check_keys(
-    state: Mapping[str, Tensor],
-    passengers: Passengers,
-    layers: Mapping[str, Target],
-    expected: Mapping[str, _Category],
-    compare_shapes: bool,
-) -> None:
-    """Nothing in the file but what PEFT writes: whatever else names a tensor of the model would overwrite it."""
-    ours = {path + suffix for path in layers for suffix in (LAMBDA, VALUES)}
-    ours |= {prefix + category for category in expected for prefix in (V, INDICES, SIZE)}
-    embeddings = []
-    for key, tensor in state.items():
-        inner = key.removeprefix(PREFIX)
-        if inner in ours:
-            continue
-        there = passengers.find(inner)
-        if there is None:
-            raise ValueError(f"'{key}' does not belong in this adapter's file: {_why_not(inner, passengers)}")
-        # a partitioned weight is empty here, a quantised one packed
-        if compare_shapes and there.is_floating_point() and there.numel() and there.shape != tensor.shape:
-            raise ValueError(f"'{key}' must have shape {list(there.shape)}, got {list(tensor.shape)}")
-        if passengers.is_embedding(inner):
-            embeddings.append(key)
-    if embeddings and compare_shapes:
-        logger.warning("the adapter's file replaces embeddings of the base model: %s", ", ".join(embeddings))
-
-
-def _why_not(key: str, passengers: Passengers) -> str:
-    if "frod_" in key:
-        return "the model has no such FRoD tensor among the layers that the adapter's config targets"
-    if key in passengers.plain or key.replace(".base_layer.", ".") in passengers.plain:
-        return "it would overwrite the base model, and the adapter's config neither trains nor saves it"
-    return "the model has no such tensor, or the adapter's config neither trains nor saves it"
 
 
 def _categories(state: Mapping[str, Tensor]) -> list[str]:

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
-from peft.tuners.frod import FrodModel
+from peft import PeftType
+from peft.tuners.frod import FrodConfig, FrodModel
 from torch import Tensor, nn
 
 from frodkernels.peft.frod_file import check_adapter_file
+from frodkernels.peft.frod_keys import check_numbers
+from frodkernels.peft.methods import Method
 from frodkernels.peft.swap import swap
+
+logger = logging.getLogger("frodkernels")
 
 
 class FastFrodModel(FrodModel):
@@ -27,7 +33,23 @@ class FastFrodModel(FrodModel):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
-def plain_tuner(module: nn.Module) -> None:
-    """Give a tuner made by ``enable()`` its PEFT class back."""
-    if type(module) is FastFrodModel:
-        module.__class__ = FrodModel
+def _warn_unverifiable(config: Any, adapter: str) -> None:
+    if not config.save_projection:
+        logger.warning(
+            "adapter '%s' was saved without its projections: V and the pattern of S were made anew from the base "
+            "weights. On another machine or library they may differ from those it was trained with, and nothing in "
+            "the file can tell. Save with save_projection=True.",
+            adapter,
+        )
+
+
+FROD = Method(
+    peft_type=PeftType.FROD,
+    config=FrodConfig,
+    plain=FrodModel,
+    fast=FastFrodModel,
+    check_file=check_adapter_file,
+    check_numbers=check_numbers,
+    swap_first=True,  # fast layers give a further adapter projections of its own
+    after_load=_warn_unverifiable,
+)

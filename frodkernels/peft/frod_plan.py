@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from frodkernels.functional._views import prepare
 from frodkernels.nn.eval_cache import version
-from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.pattern import SparsePattern
+from frodkernels.peft.file_keys import check_floats
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,14 +74,6 @@ def check_indices(indices: Tensor, n: int, where: str) -> SparsePattern:
         return SparsePattern.from_coo(indices, (n, n))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-
-
-def check_floats(tensor: Tensor, shape: tuple[int, ...], where: str) -> None:
-    """A floating-point tensor of exactly ``shape``."""
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{where} must be float32, float64, bfloat16 or float16, got {tensor.dtype}")
-    if tensor.shape != shape:
-        raise ValueError(f"{where} must have shape {list(shape)}, got {list(tensor.shape)}")
 
 
 def plan_adapter(layer: Any, adapter: str, name: str, earlier: Plan | None = None) -> Plan:

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from frodkernels._backends import DEVICES, select
 from frodkernels.functional.frod_path import NOMINAL_TOKENS, costs
 from frodkernels.nn.eval_cache import CacheBudget
 from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.peft.frod_basis import Bases, Origin, judge, origin_of
 from frodkernels.peft.frod_layer import FastFrodLinear, PeftFrodLinear, Slot
 from frodkernels.peft.frod_plan import Plan, plan_adapter
+from frodkernels.peft.report import served_by
 
 
 @dataclass
@@ -62,7 +62,9 @@ class PreparedFrod:
         for adapter, plan in self.plans.items():
             device = layer.frod_lambda_l[adapter].device.type
             dtype = str(layer.frod_V[adapter].dtype).removeprefix("torch.")
-            parts.append(f"'{adapter}': nnz {plan.pattern.nnz}, {dtype}, {_served_by(device)} on {device}")
+            parts.append(
+                f"'{adapter}': nnz {plan.pattern.nnz}, {dtype}, {served_by('sparse_core', device)} on {device}"
+            )
             parts.append(f"{self._training_path(adapter, plan)} path at {NOMINAL_TOKENS} tokens")
         limit = layer._fast.budget.limit
         parts.append("eval cache " + ("off" if limit == 0 else "on" if limit is None else f"within {limit:,} bytes"))
@@ -82,13 +84,6 @@ class PreparedFrod:
             device=layer.frod_lambda_l[adapter].device.type,
         )
         return min(cost, key=cost.__getitem__)
-
-
-def _served_by(device: str) -> str:
-    try:
-        return select("sparse_core", device) if device in DEVICES else "reference"
-    except RuntimeError as error:  # a backend was forced that cannot serve
-        return f"nothing ({error})"
 
 
 class FrodTuner:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from frodkernels.peft._require import require_module, require_peft
+from frodkernels.peft._require import has_method, require_module, require_peft
 
 _KIND = {"frod_lambda_l": "frod_lambda", "frod_lambda_s_values": "frod_values"}
 
@@ -18,7 +18,7 @@ def param_groups(
     """The trainable parameters of ``model`` as optimiser groups "frod_lambda", "frod_values" and "other".
 
     Args:
-        model: any module; accelerated or not.
+        model: any module; accelerated or not. HRA's directions are in "other".
         lr: learning rate of everything without a rate of its own.
         lambda_lr: of FRoD's diagonals; ``lr`` when None.
         values_lr: of the entries of FRoD's S; ``lr`` when None.
@@ -28,13 +28,7 @@ def param_groups(
     """
     require_peft()
     require_module(model)
-    from peft.tuners.frod.layer import FrodLayer
-
-    kinds: dict[int, str] = {}
-    for module in model.modules():
-        if isinstance(module, FrodLayer):
-            for attribute, kind in _KIND.items():
-                kinds.update((id(p), kind) for p in getattr(module, attribute).parameters())
+    kinds = _kinds(model) if has_method("frod") else {}
     rates = {
         "frod_lambda": lr if lambda_lr is None else lambda_lr,
         "frod_values": lr if values_lr is None else values_lr,
@@ -45,3 +39,15 @@ def param_groups(
         if parameter.requires_grad:
             groups[kinds.get(id(parameter), "other")].append(parameter)
     return [{"params": groups[name], "lr": rates[name], "name": name} for name in rates if groups[name]]
+
+
+def _kinds(model: nn.Module) -> dict[int, str]:
+    """id of a parameter -> its group, for FRoD's."""
+    from peft.tuners.frod.layer import FrodLayer
+
+    kinds: dict[int, str] = {}
+    for module in model.modules():
+        if isinstance(module, FrodLayer):
+            for attribute, kind in _KIND.items():
+                kinds.update((id(p), kind) for p in getattr(module, attribute).parameters())
+    return kinds

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``enable()`` puts into PEFT: the tuner table's entry and three methods of PeftModel."""
+"""What ``enable()`` puts into PEFT: our tuners in its table, and three methods of PeftModel."""
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, PeftType
+from peft import PeftConfig, PeftModel
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.frod import FrodConfig
 from peft.utils import CONFIG_NAME, load_peft_weights
 from torch import Tensor, nn
 
-from frodkernels.peft.frod_file import check_adapter_file
-from frodkernels.peft.frod_keys import check_numbers
-from frodkernels.peft.frod_model import FastFrodModel
+from frodkernels.peft.methods import Method, inside_load, method_of, methods
 from frodkernels.peft.snapshot import undone_on_failure
 from frodkernels.peft.swap import swap
 
@@ -30,15 +28,16 @@ logger = logging.getLogger("frodkernels")
 Undo = list[tuple[Any, str, Any, Any]]
 
 # Inside from_pretrained, which has checked the file and undoes everything itself.
-_inside_load: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_load", default=False)
+_inside_from_pretrained: contextvars.ContextVar[bool] = contextvars.ContextVar("inside_from_pretrained", default=False)
 
 
 def install() -> Undo:
-    """Put our tuner and methods in force; returns what ``uninstall`` needs."""
+    """Put our tuners and methods in force; returns what ``uninstall`` needs."""
     undo: Undo = []
     table = PEFT_TYPE_TO_TUNER_MAPPING
-    undo.append((table, PeftType.FROD, table[PeftType.FROD], FastFrodModel))
-    table[PeftType.FROD] = FastFrodModel
+    for method in methods():
+        undo.append((table, method.peft_type, table[method.peft_type], method.fast))
+        table[method.peft_type] = method.fast
     for name, wrap in (
         ("from_pretrained", _from_pretrained),
         ("load_adapter", _load_adapter),
@@ -61,8 +60,13 @@ def uninstall(undo: Undo) -> None:
             setattr(owner, name, original)
 
 
-def _is_frod(peft_type: Any) -> bool:
-    return peft_type == PeftType.FROD
+@contextlib.contextmanager
+def _set(variable: contextvars.ContextVar[bool]) -> Iterator[None]:
+    token = variable.set(True)
+    try:
+        yield
+    finally:
+        variable.reset(token)
 
 
 def _peft_type(model_id: Any, config: Any, hub: dict[str, Any]) -> Any:
@@ -75,18 +79,20 @@ def _peft_type(model_id: Any, config: Any, hub: dict[str, Any]) -> Any:
         return None
 
 
-def _read_config(model_id: Any, hub: dict[str, Any]) -> Any:
+def _read_config(method: Method, model_id: Any, hub: dict[str, Any]) -> Any:
     try:
-        return FrodConfig.from_pretrained(model_id, **hub)
+        return method.config.from_pretrained(model_id, **hub)
     except TypeError as error:  # PEFT compares numbers without asking whether they are
         file = Path(str(model_id), hub.get("subfolder") or "", CONFIG_NAME)
         if file.is_file():
-            check_numbers(json.loads(file.read_text()))
+            method.check_numbers(json.loads(file.read_text()))
         raise ValueError(f"the adapter's {CONFIG_NAME} holds a value of a wrong type: {error}") from error
 
 
-def _read(model_id: Any, config: Any, key_mapping: Any, hub: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
-    config = config or _read_config(model_id, hub)
+def _read(
+    method: Method, model_id: Any, config: Any, key_mapping: Any, hub: dict[str, Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    config = config or _read_config(method, model_id, hub)
     # load_peft_weights writes to the keywords it is given
     return config, load_peft_weights(model_id, device="cpu", key_mapping=key_mapping, **dict(hub))
 
@@ -111,16 +117,6 @@ def _overwritten(model: nn.Module, state: Iterable[str], adapter: str) -> list[T
     ]
 
 
-def _warn_unverifiable(config: Any, adapter: str) -> None:
-    if not config.save_projection:
-        logger.warning(
-            "adapter '%s' was saved without its projections: V and the pattern of S were made anew from the base "
-            "weights. On another machine or library they may differ from those it was trained with, and nothing in "
-            "the file can tell. Save with save_projection=True.",
-            adapter,
-        )
-
-
 def _from_pretrained(original: classmethod) -> classmethod:
     signature = inspect.signature(original.__func__)
 
@@ -132,20 +128,21 @@ def _from_pretrained(original: classmethod) -> classmethod:
         given = bound.arguments
         model, model_id, adapter = given["model"], given["model_id"], given["adapter_name"]
         hub, _ = PeftModel._split_kwargs(given.get("kwargs", {}))
-        if not _is_frod(_peft_type(model_id, given["config"], hub)):
+        method = method_of(_peft_type(model_id, given["config"], hub))
+        if method is None:
             return call(*args, **kwargs)
         key_mapping = given["key_mapping"]
         if key_mapping is None:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", {})
-        config, state = _read(model_id, given["config"], key_mapping, hub)
-        check_adapter_file(state, model, config, ignore_mismatched=_ignores_mismatched(given))
-        token = _inside_load.set(True)
-        try:
-            with undone_on_failure(model, _overwritten(model, state, adapter)):
-                result = call(*args, **kwargs)
-        finally:
-            _inside_load.reset(token)
-        _warn_unverifiable(config, adapter)
+        config, state = _read(method, model_id, given["config"], key_mapping, hub)
+        method.check_file(state, model, config, ignore_mismatched=_ignores_mismatched(given))
+        with (
+            _set(_inside_from_pretrained),
+            _set(inside_load),
+            undone_on_failure(model, _overwritten(model, state, adapter)),
+        ):
+            result = call(*args, **kwargs)
+        method.after_load(config, adapter)
         return result
 
     return classmethod(from_pretrained)
@@ -156,9 +153,10 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not _is_frod(self.peft_type):
+        method = method_of(self.peft_type)
+        if method is None:
             return original(self, *args, **kwargs)
-        if _inside_load.get():
+        if _inside_from_pretrained.get():
             result = original(self, *args, **kwargs)
             _report(swap(self))
             return result
@@ -168,15 +166,17 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
         model_id, adapter = given["model_id"], given["adapter_name"]
         hub, _ = PeftModel._split_kwargs(given.get("kwargs", {}))
         config = self.peft_config.get(adapter)
-        if not _is_frod(_peft_type(model_id, config, hub)):
+        if method_of(_peft_type(model_id, config, hub)) is not method:
             return original(self, *args, **kwargs)
-        config, state = _read(model_id, config, given["key_mapping"], hub)
-        check_adapter_file(state, self, config, ignore_mismatched=_ignores_mismatched(given))
+        config, state = _read(method, model_id, config, given["key_mapping"], hub)
+        method.check_file(state, self, config, ignore_mismatched=_ignores_mismatched(given))
         with undone_on_failure(self, _overwritten(self, state, adapter)):
-            swap(self)  # fast layers give a further adapter projections of its own
-            result = original(self, *args, **kwargs)
+            if method.swap_first:
+                swap(self)
+            with _set(inside_load):
+                result = original(self, *args, **kwargs)
             _report(swap(self))
-        _warn_unverifiable(config, adapter)
+        method.after_load(config, adapter)
         return result
 
     return load_adapter
@@ -185,10 +185,12 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 def _add_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def add_adapter(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        if not _is_frod(self.peft_type) or adapter_name in self.peft_config:
+        method = method_of(self.peft_type)
+        if method is None or adapter_name in self.peft_config:
             return original(self, adapter_name, *args, **kwargs)
         with undone_on_failure(self):
-            swap(self)
+            if method.swap_first:
+                swap(self)
             result = original(self, adapter_name, *args, **kwargs)
             swap(self, injected=adapter_name)
         return result

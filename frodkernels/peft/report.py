@@ -8,10 +8,20 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from frodkernels._backends import DEVICES, select
+
 
 def percent(off: float, digits: int = 0) -> str:
     """A relative difference for people: beyond ten times the number itself says nothing."""
     return f"{off:.{digits}%}" if off <= 10 else "> 1000 %"  # NaN included
+
+
+def served_by(op: str, device: str) -> str:
+    """The backend that serves ``op`` on a device of this type now."""
+    try:
+        return select(op, device) if device in DEVICES else "reference"
+    except RuntimeError as error:  # a backend was forced that cannot serve
+        return f"nothing ({error})"
 
 
 def worst(offs: Iterable[float]) -> str:
@@ -24,10 +34,10 @@ class LayerReport:
 
     Attributes:
         name: its path in the model.
-        tuner: the PEFT method, e.g. "FRoD".
+        tuner: the PEFT method, "FRoD" or "HRA".
         status: "swapped" by this call, "already" fast before it, or "skipped".
         why: the reason of a skip.
-        details: what serves it: shape, nonzeros, backend, evaluation cache.
+        details: what serves it: shape, nonzeros or rank, backend, evaluation cache.
     """
 
     name: str

@@ -24,12 +24,12 @@ def accelerate(model: nn.Module, *, eval_cache: int | bool | None = None) -> Swa
     adapter switching and copying go on as before, and :func:`restore` undoes it. Everything is checked before
     anything is changed. Call it again after adding or loading an adapter; layers that are fast already stay so.
 
-    A layer whose U does not belong to the V in place, as PEFT's loader can leave it, gets the right U; the report
-    and a warning name it.
+    FRoD: a layer whose U does not belong to the V in place, as PEFT's loader can leave it, gets the right U; the
+    report and a warning name it.
 
     Args:
         model: any module that holds PEFT tuner layers: a PeftModel, a part of one, a single layer.
-        eval_cache: how many bytes of dense weights the layers may keep between parameter changes in evaluation.
+        eval_cache: how many bytes of dense weights FRoD's layers may keep between parameter changes in evaluation.
             False or 0: none. True: as many as they need (on CUDA: as leave a tenth of the device free). None: as
             True, or what an earlier call said.
 
@@ -37,8 +37,8 @@ def accelerate(model: nn.Module, *, eval_cache: int | bool | None = None) -> Swa
         A SwapReport: per layer swapped, already fast, or skipped and why.
 
     Raises:
-        ValueError: ``model`` is no module, or an adapter's tensors are broken (bad indices, sizes, lengths, dtypes);
-            nothing was changed.
+        ValueError: ``model`` is no module, or an adapter's tensors are broken (bad indices, sizes, lengths, dtypes,
+            directions of no length); nothing was changed.
         ImportError: PEFT is not installed.
     """
     require_peft()
@@ -60,7 +60,7 @@ def _limit(eval_cache: int | bool | None) -> int | None | str:
 
 
 def swap(model: nn.Module, limit: int | None | str = "keep", *, injected: str | None = None) -> SwapReport:
-    """``accelerate`` without the INFO line. ``injected``: the adapter PEFT has just made, whose U needs no check."""
+    """``accelerate`` without the INFO line. ``injected``: the adapter PEFT has just made, which needs no check."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     serving = tuners()
@@ -118,13 +118,13 @@ def _fast_layers(model: nn.Module) -> list[tuple[Any, Any]]:
 
 
 def restore(model: nn.Module) -> None:
-    """Give the layers inside ``model`` their PEFT classes back. Merged layers are unmerged first, bit for bit.
+    """Give the layers inside ``model`` their PEFT classes back. What they have merged is unmerged first, bit for bit.
 
-    Corrected U factors stay: the plain layers need them as much.
+    FRoD's corrected U factors stay: the plain layers need them as much.
     """
     require_peft()
     require_module(model)
-    from frodkernels.peft.frod_model import plain_tuner
+    from frodkernels.peft.methods import plain_tuner
 
     for module, tuner in _fast_layers(model):
         tuner.release(module)
@@ -137,8 +137,8 @@ def restore(model: nn.Module) -> None:
 def invalidate(model: nn.Module) -> None:
     """Drop the cached evaluation weights inside ``model``.
 
-    Needed only after parameters were written behind autograd's back (``p.data.copy_()`` and the like) on CUDA, or
-    the frozen U or V anywhere; every other change is seen.
+    FRoD only: HRA's layers keep none. Needed only after parameters were written behind autograd's back
+    (``p.data.copy_()`` and the like) on CUDA, or the frozen U or V anywhere; every other change is seen.
     """
     require_peft()
     require_module(model)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PEFT layer classes there are fast versions of: one entry per method."""
+"""The PEFT layer classes there are fast versions of: one entry per class."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Any, Protocol
 from torch import nn
 
 from frodkernels.nn.eval_cache import CacheBudget
+from frodkernels.peft._require import has_method
 
 
 class Prepared(Protocol):
     """One layer, checked and ready to be changed; nothing has been changed yet.
 
-    rederived: adapter -> how far its U was off.
+    rederived: adapter -> how far its U was off (FRoD).
     notes, warnings: for the report; warnings are logged as well.
     """
 
@@ -39,11 +40,11 @@ class Prepared(Protocol):
 
 
 class Tuner(Protocol):
-    """How one PEFT method is swapped. An instance serves one call of ``accelerate``."""
+    """How one of PEFT's layer classes is swapped. An instance serves one call of ``accelerate``."""
 
     @property
     def name(self) -> str:
-        """As in papers: "FRoD"."""
+        """The method's, as in papers: "FRoD", "HRA"."""
 
     @property
     def layer(self) -> type[nn.Module]:
@@ -57,13 +58,13 @@ class Tuner(Protocol):
         """Why this layer (of PEFT's class or one derived from it) must stay as it is; None when it can be swapped."""
 
     def prepare(self, name: str, module: Any, injected: str | None) -> Prepared:
-        """Check every adapter of the layer and plan it; ``injected`` has just been made by PEFT.
+        """Check every adapter of the layer and plan it; ``injected`` has just been made by PEFT, not trained or loaded.
 
         Raises ValueError; changes nothing.
         """
 
     def budget(self, module: Any) -> CacheBudget | None:
-        """The cache budget of a layer that is fast already."""
+        """The cache budget of a layer that is fast already; None when it keeps nothing."""
 
     def release(self, module: Any) -> None:
         """Undo what a plain class change would not."""
@@ -74,10 +75,17 @@ class Tuner(Protocol):
 
 @functools.cache
 def _classes() -> tuple[Callable[[], Tuner], ...]:
-    """Every method with a fast layer. Imports PEFT."""
-    from frodkernels.peft.frod_swap import FrodTuner
+    """Every class with a fast version, of the methods that this PEFT has. Imports it."""
+    found: list[Callable[[], Tuner]] = []
+    if has_method("frod"):
+        from frodkernels.peft.frod_swap import FrodTuner
 
-    return (FrodTuner,)
+        found.append(FrodTuner)
+    if has_method("hra"):
+        from frodkernels.peft.hra_swap import HRAConv2dTuner, HRALinearTuner
+
+        found += [HRALinearTuner, HRAConv2dTuner]
+    return tuple(found)
 
 
 def tuners() -> list[Tuner]:
