@@ -7,6 +7,7 @@
 //   kVec<scalar_t>                   elements in 16 bytes
 //   unpack<scalar_t>(raw, x)         16 bytes to kVec sums;   pack<scalar_t>(x)  the reverse, rounded
 //   read_scalar<acc>(vector, k)      entry k of a vector whose dtype is known at run time;   write_scalar  the reverse
+//   rounded_pair<scalar_t>(a, b)     two numbers of 16 bits in 32
 //   Rows<scalar_t>                   a [features, T] matrix and whether its rows start on 16 bytes
 //   load_tokens, store_tokens        up to kVec tokens of a row: one 16-byte access where alignment allows, else one
 //   each
@@ -48,6 +49,16 @@ __device__ __forceinline__ scalar_t rounded(acc x) {
     return __float2bfloat16_rn(static_cast<float>(x));
   } else {
     return static_cast<scalar_t>(x);
+  }
+}
+
+// Two numbers of 16 bits each, the first in the lower half.
+template <typename scalar_t>
+__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
+  if constexpr (std::is_same_v<scalar_t, __half>) {
+    return same_bits<uint32_t>(__floats2half2_rn(low, high));
+  } else {
+    return same_bits<uint32_t>(__floats2bfloat162_rn(low, high));
   }
 }
 

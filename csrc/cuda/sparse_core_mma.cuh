@@ -41,15 +41,6 @@ struct PackedHeader {
 constexpr int64_t kHeaderBytes = 512;
 constexpr int kStepsAhead = 2;  // steps that are asked for early, beyond the last too
 
-template <typename scalar_t>
-__device__ __forceinline__ uint32_t rounded_pair(float low, float high) {
-  if constexpr (std::is_same_v<scalar_t, __half>) {
-    return same_bits<uint32_t>(__floats2half2_rn(low, high));
-  } else {
-    return same_bits<uint32_t>(__floats2bfloat162_rn(low, high));
-  }
-}
-
 struct PackArgs {
   const int32_t* source;  // [lanes, 2]
   const uint32_t* words;  // [lanes]
