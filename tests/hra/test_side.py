@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""side="auto": the cost model counts the products of each side, and the choice follows it."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from frodkernels.functional import hra as functional
+from frodkernels.functional import hra_side
+from frodkernels.functional.hra_side import NOMINAL_TOKENS, SIDES, choose, costs
+from frodkernels.ops import householder as ops
+from tests.householder.cases import make_layer
+
+sizes = st.integers(1, 10_000)
+ranks = st.integers(1, 128)
+NEEDS = list(itertools.product([False, True], repeat=2))
+
+
+def counted(layer, side, monkeypatch):
+    """Multiply-adds of the tall-skinny products that a forward and a backward of the layer really ask for."""
+    total = []
+
+    def forward(x, left, right, base=None):
+        (T, n), r = x.shape, left.shape[1]
+        total.append(T * n * r + (0 if right is None else T * right.shape[0] * r))
+        return real["householder"](x, left, right, base)
+
+    def backward(g, x, c, left, right, base, needs):
+        (T, n), (m, r) = x.shape, left.shape
+        total.append(T * m * r + needs[0] * T * n * r + needs[1] * T * (n + m) * r)
+        return real["householder_backward"](g, x, c, left, right, base, needs)
+
+    def gradient(x, q):
+        total.append(x.shape[0] * x.shape[1] * q.shape[1])
+        return real["householder_gradient"](x, q)
+
+    real = {name: getattr(ops, name) for name in ("householder", "householder_backward", "householder_gradient")}
+    for name, spy in zip(real, (forward, backward, gradient), strict=True):
+        monkeypatch.setattr(ops, name, spy)
+    y = layer(side=side)
+    if y.requires_grad:
+        y.sum().backward()
+    monkeypatch.undo()
+    return sum(total)
+
+
+@pytest.mark.parametrize("needs_x, needs_u", NEEDS)
+@pytest.mark.parametrize("m, n, r, T", [(24, 40, 3, 17), (40, 24, 5, 9), (16, 16, 2, 300)])
+@pytest.mark.parametrize("side", SIDES)
+def test_costs_are_the_products_of_each_side(m, n, r, T, needs_x, needs_u, side, monkeypatch):
+    layer = make_layer(m, n, r, T)
+    names = [name for name, need in (("x", needs_x), ("u", needs_u)) if need]
+    if names:
+        layer.leaves(*names)
+    assert costs(T, m, n, r, needs_x, needs_u)[side] == counted(layer, side, monkeypatch)
+
+
+@given(sizes, sizes, sizes, ranks)
+def test_costs_rise_with_what_is_needed(T, m, n, r):
+    none, x, u, both = (costs(T, m, n, r, *needs) for needs in NEEDS[:1] + NEEDS[2:3] + NEEDS[1:2] + NEEDS[3:])
+    for side in SIDES:
+        assert 0 < none[side] <= min(x[side], u[side]) <= max(x[side], u[side]) <= both[side]
+
+
+def test_the_choice_is_the_cheapest():
+    for T, m, n in itertools.product([1, 64, 1024, 65536], [64, 1024], [64, 1024]):
+        for needs_x, needs_u in NEEDS:
+            x = torch.empty(T, n, device="meta", requires_grad=needs_x)
+            u = torch.empty(n, 8, device="meta", requires_grad=needs_u)
+            cost = costs(T, m, n, 8, needs_x, needs_u)
+            assert cost[choose(x, m, u)] == min(cost.values())
+            with torch.no_grad():
+                cost = costs(T, m, n, 8, False, False)
+                assert cost[choose(x, m, u)] == min(cost.values())
+
+
+def test_few_outputs_and_many_tokens_go_out_few_inputs_go_in():
+    u = {n: torch.empty(n, 8, device="meta", requires_grad=True) for n in (256, 4096)}
+    assert choose(torch.empty(10**5, 4096, device="meta"), 256, u[4096]) == "output"
+    assert choose(torch.empty(10**5, 256, device="meta"), 4096, u[256]) == "input"
+    assert choose(torch.empty(1, 4096, device="meta"), 256, u[4096]) == "input"  # W q is paid once per call
+
+
+def test_auto_takes_the_chosen_side(monkeypatch):
+    layer = make_layer(6, 8, 2, 5)
+    layer.leaves()
+    for side in SIDES:
+        called = []
+        monkeypatch.setattr(functional, "choose", lambda *args, _side=side: _side)
+        for name, label in (("Householder", "input"), ("HRAOutput", "output")):
+            real = getattr(functional, name)
+            monkeypatch.setattr(
+                functional,
+                name,
+                type("Spy", (), {"apply": lambda *a, _r=real, _l=label: called.append(_l) or _r.apply(*a)}),
+            )
+        layer()
+        assert called == [side]
+        monkeypatch.undo()
+
+
+def test_the_choice_is_static_while_compiling(monkeypatch):
+    """A branch on the number of tokens would compile again as it changes."""
+    seen = []
+    monkeypatch.setattr(hra_side, "costs", lambda T, *a, **k: seen.append(T) or costs(T, *a, **k))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    for T in (1, 100, 10**6):
+        choose(torch.empty(T, 64, device="meta"), 64, torch.empty(64, 4, device="meta"))
+    assert seen == [NOMINAL_TOKENS] * 3
