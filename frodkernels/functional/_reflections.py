@@ -80,6 +80,11 @@ class Reflections:
         return (torch.addmm(dunit, self.unit, dgram + dgram.t()) / self.norms).to(u.dtype)
 
 
+def rounds(x: Tensor, u: Tensor) -> bool:
+    """Whether u has x's own 16 bits: then products may round the factors to these, as plain PyTorch would."""
+    return x.dtype == u.dtype and x.element_size() == 2
+
+
 def check_reflections(u: Tensor, n: int, orthogonalize: bool, name: str = "u") -> None:
     """``u`` must be [n, r] with r >= 1; ValueError names it."""
     check_tensor(u, name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from frodkernels.functional._common import autocast_dtype, autocast_off, check_tensor, first_order, without_autocast
-from frodkernels.functional._reflections import Reflections, check_reflections, warn_if_deficient
+from frodkernels.functional._reflections import Reflections, check_reflections, rounds, warn_if_deficient
 from frodkernels.ops import householder as ops
 from frodkernels.reference.householder import accumulator
 
@@ -25,7 +25,7 @@ class Householder(torch.autograd.Function):
     @without_autocast
     def forward(ctx: Any, x: Tensor, u: Tensor, transpose: bool, orthogonalize: bool) -> Tensor:
         chain = Reflections.of(u, x, orthogonalize)
-        out, c = ops.householder(x, chain.solved(chain.unit, transpose), chain.unit)
+        out, c = ops.householder(x, chain.solved(chain.unit, transpose), chain.unit, None, rounds(x, u))
         need_u = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if need_u else None, u, c if need_u else None, *chain.saved())
         ctx.transpose = transpose
@@ -42,8 +42,8 @@ class Householder(torch.autograd.Function):
         left = chain.solved(chain.unit, not ctx.transpose)
         g = g.to(ctx.dtype)
         if not need_u:
-            return ops.householder(g, left, chain.unit)[0], None, None, None
-        dx, q, sums, _ = ops.householder_backward(g, x, c, left, chain.unit, None, [need_x, True])
+            return ops.householder(g, left, chain.unit, None, rounds(g, u))[0], None, None, None
+        dx, q, sums, _ = ops.householder_backward(g, x, c, left, chain.unit, None, [need_x, True], rounds(x, u))
         du = chain.gradient(u, -sums, *((q, c) if ctx.transpose else (c, q)))
         return dx if need_x else None, du, None, None
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
-from frodkernels.functional._reflections import Reflections, check_reflections, warn_if_deficient
+from frodkernels.functional._reflections import Reflections, check_reflections, rounds, warn_if_deficient
 from frodkernels.functional.householder import Householder, check_input, flattened
 from frodkernels.functional.hra_side import SIDES, choose
 from frodkernels.ops import householder as ops
@@ -35,8 +35,8 @@ class HRAOutput(torch.autograd.Function):
         W = weight.to(x.dtype)
         y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
         chain = Reflections.of(u, x, orthogonalize)
-        _, b = ops.householder(W, chain.unit, None)
-        out, c = ops.householder(x, chain.solved(chain.unit, True), b, y)
+        _, b = ops.householder(W, chain.unit, None, None, rounds(x, u))
+        out, c = ops.householder(x, chain.solved(chain.unit, True), b, y, rounds(x, u))
         ctx.save_for_backward(x, weight, u, c, b, *chain.saved())
         return out
 
@@ -52,7 +52,8 @@ class HRAOutput(torch.autograd.Function):
         if need_x or need_u or need_weight:
             # without dx, x stands for a base that is not read
             base, needs = g @ W if need_x else x, [need_x, need_u or need_weight]
-            dx, q, sum_x, sum_g = ops.householder_backward(g, x, c, chain.solved(b, False), chain.unit, base, needs)
+            left, right = chain.solved(b, False), chain.unit
+            dx, q, sum_x, sum_g = ops.householder_backward(g, x, c, left, right, base, needs, rounds(x, u))
             if need_u:
                 du = chain.gradient(u, -(sum_x + ops.householder_gradient(W, sum_g)), q, c)
             if need_weight:
@@ -91,9 +92,10 @@ def hra_linear(
             their lengths do not matter, a zero column makes the result NaN.
         bias: [m] or None.
         orthogonalize: take the Gram-Schmidt basis of u instead (PEFT's ``apply_GS``).
-        side: "input" reflects x before the product with W; "output" corrects the product after it; "auto" takes the
-            cheaper by a cost model of T, m, n and r. Both give the same map. With 16-bit x and float32 u, "output"
-            gives u's gradient to float32's precision, "input" to that of the 16-bit product it comes from.
+        side: "input" reflects x before the product with W; "output" corrects the product after it. Both give the same
+            map. With 16-bit x and float32 u, "output" gives u's gradient to float32's precision, "input" to that of
+            the 16-bit product it comes from. "auto" takes the cheaper by a cost model of T, m, n and r, and the more
+            precise where that costs little.
 
     Returns:
         [..., m] in x's dtype (autocast's under autocast). Differentiable once in x, u, weight and bias; each gradient
