@@ -53,7 +53,7 @@ def test_output_shape_is_that_of_a_convolution(kernel, size, options):
 @either
 @pytest.mark.parametrize("dtype, param_dtype", DTYPES, ids=DTYPE_IDS)
 def test_values_and_gradients(dtype, param_dtype, orthogonalize):
-    """The yardstick forms the weight and rounds it. Three more products of 16 bits are rounded here: twice its error."""
+    """The yardstick rounds the weight it forms; here filters, coefficients and their product are rounded."""
     case = make_conv(16, 8, (3, 3), 6, (3, 10, 11), dtype=dtype, param_dtype=param_dtype, padding=1)
     assert_as_good_as_plain(case, factor=2.0, orthogonalize=orthogonalize)
 

@@ -81,7 +81,7 @@ def test_convolutions_of_one_dtype(dtype):
 
 @pytest.mark.parametrize("dtype, param_dtype", MIXED, ids=str)
 def test_convolutions_with_float32_directions(dtype, param_dtype):
-    """Filters, coefficients and their product are rounded to 16 bits beside the layer's own result; PEFT rounds once."""
+    """Filters, coefficients and their product are rounded, as is the layer's own result; PEFT rounds once."""
     case = make_conv(48, 64, (3, 3), 8, (4, 12, 12), dtype=dtype, param_dtype=param_dtype, stride=2, padding=1)
     ours, theirs = errors(case)[0]
     assert ours <= 1.75 * theirs

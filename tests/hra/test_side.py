@@ -84,22 +84,23 @@ def test_few_outputs_and_many_tokens_go_out_few_inputs_go_in():
     assert choose(torch.empty(1, 4096, device="meta"), 256, u[4096]) == "input"  # W q is paid once per call
 
 
-def test_auto_takes_the_chosen_side(monkeypatch):
+@pytest.mark.parametrize("side", SIDES)
+def test_auto_takes_the_chosen_side(side, monkeypatch):
     layer = make_layer(6, 8, 2, 5)
-    layer.leaves()
-    for side in SIDES:
-        called = []
-        monkeypatch.setattr(functional, "choose", lambda *args, _side=side: _side)
-        for name, label in (("Householder", "input"), ("HRAOutput", "output")):
-            real = getattr(functional, name)
-            monkeypatch.setattr(
-                functional,
-                name,
-                type("Spy", (), {"apply": lambda *a, _r=real, _l=label: called.append(_l) or _r.apply(*a)}),
-            )
-        layer()
-        assert called == [side]
-        monkeypatch.undo()
+    called = []
+    for name, label in (("Householder", "input"), ("HRAOutput", "output")):
+        function = getattr(functional, name)
+
+        def apply(*args, _function=function, _label=label):
+            called.append(_label)
+            return _function.apply(*args)
+
+        monkeypatch.setattr(functional, name, type("Spy", (), {"apply": staticmethod(apply)}))
+    monkeypatch.setattr(functional, "choose", lambda *args: side)
+    layer()
+    assert called == [side]
+    layer(side="input"), layer(side="output")
+    assert called == [side, "input", "output"]
 
 
 def test_the_choice_is_static_while_compiling(monkeypatch):
