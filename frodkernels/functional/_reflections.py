@@ -20,7 +20,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from frodkernels.functional._common import check_tensor
+from frodkernels.ops import householder as ops
 from frodkernels.reference.householder import accumulator
+
+
+# These products decide how orthogonal the chain is, so they are the kernels', in float32 or float64 whatever precision
+# torch.set_float32_matmul_precision allows to matrix products.
+
+
+def _product(rows: Tensor, square: Tensor) -> Tensor:
+    """rows [n, r] times square [r, r]."""
+    return ops.householder(rows, square, None)[1]
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """a^T b: a, b [n, r]."""
+    return ops.householder_gradient(a, b)
 
 
 class Reflections:
@@ -44,7 +59,7 @@ class Reflections:
             basis, R = torch.linalg.qr(unit)
             # a zero column has no direction: NaN, where QR would make one up
             return cls(basis + (norms - norms) / norms, R, norms, True)
-        half = torch.triu(unit.t() @ unit)
+        half = torch.triu(_inner(unit, unit))
         half.diagonal().mul_(0.5)
         eye = torch.eye(half.shape[0], dtype=half.dtype, device=half.device)
         return cls(unit, torch.linalg.solve_triangular(half, eye, upper=True), norms, False)
@@ -62,22 +77,18 @@ class Reflections:
         """rows S^-1, or rows S^-T; rows [_, r]."""
         if self.orthogonalize:
             return 2 * rows
-        return rows @ (self.matrix.t() if transpose else self.matrix)
+        return _product(rows, self.matrix.t() if transpose else self.matrix)
 
-    def gradient(self, u: Tensor, dunit: Tensor, q: Tensor, c: Tensor) -> Tensor:
-        """du from dunit, which the products with unit gave, and dS = q^T c."""
-        if self.orthogonalize:  # the map depends on the span alone
-            inside = dunit - self.unit @ (self.unit.t() @ dunit)
-            return (torch.linalg.solve_triangular(self.matrix.t(), inside, upper=False, left=False) / self.norms).to(
-                u.dtype
-            )
-        return self.through_gram(u, dunit, q.t() @ c)
-
-    def through_gram(self, u: Tensor, dunit: Tensor, dhalf: Tensor) -> Tensor:
-        """du from dunit and dS."""
-        dgram = torch.triu(dhalf)
-        dgram.diagonal().mul_(0.5)
-        return (torch.addmm(dunit, self.unit, dgram + dgram.t()) / self.norms).to(u.dtype)
+    def gradient(self, u: Tensor, dunit: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """du from dunit, what the products with unit gave, and dS = a^T b."""
+        if self.orthogonalize:  # the map depends on the span alone, and S is constant
+            inside = dunit - _product(self.unit, _inner(self.unit, dunit))
+            dunit = torch.linalg.solve_triangular(self.matrix.t(), inside, upper=False, left=False)
+        else:
+            dgram = torch.triu(_inner(a, b))
+            dgram.diagonal().mul_(0.5)
+            dunit = dunit + _product(self.unit, dgram + dgram.t())
+        return (dunit / self.norms).to(u.dtype)
 
 
 def rounds(x: Tensor, u: Tensor) -> bool:

@@ -46,11 +46,7 @@ class Filters(torch.autograd.Function):
         if not need_u:
             return dweight, None, None
         k = ops.householder_gradient(W, dproduct.contiguous())
-        if chain.orthogonalize:
-            du = chain.gradient(u, dunit + k, k, k)
-        else:
-            du = chain.through_gram(u, dunit + k, -(chain.solved(chain.unit, False).t() @ k))
-        return dweight, du, None
+        return dweight, chain.gradient(u, dunit + k, -chain.solved(chain.unit, False), k), None
 
 
 def hra_conv2d(
