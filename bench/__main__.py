@@ -27,7 +27,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Measure frodkernels against PEFT, plain torch, torch.compile and the floor.",
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="three shapes, few rounds, no torch.compile (minutes)")
+    size.add_argument("--quick", action="store_true", help="few shapes, few rounds, no torch.compile (minutes)")
     size.add_argument("--full", action="store_true", help="large shapes too (an hour, 16 GB)")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only groups whose name matches; see --list")
     parser.add_argument("--list", action="store_true", help="print the groups' names and stop")

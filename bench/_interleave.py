@@ -9,6 +9,7 @@ round*, with the 20th and 80th percentiles beside it; absolute times are the med
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ class Contestant:
     saved    bytes kept for the backward; None where there is none.
     truth    of its own, where it computes another map than its group (LoRA).
     detail   which variant it is, for the table.
+    every    takes its turn in one of so many rounds: more than 1 for one that would take most of the time.
     """
 
     run: Callable[[Any], Any]
@@ -46,6 +48,7 @@ class Contestant:
     saved: Callable[[], int] | None = None
     truth: Truth | None = None
     detail: str = ""
+    every: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Group:
-    """Contestants for the same job. The entry called "floor" is what ratios refer to."""
+    """Contestants for the same job. The entry called "floor" is what ratios refer to.
+
+    ``parameters`` is the dtype of what is trained where that is a part of the job; its name then follows ``dtype``'s.
+    """
 
     op: str
     mode: str
@@ -67,10 +73,17 @@ class Group:
     truth: Truth
     entries: tuple[Entry, ...]
     min_bytes: int = 0  # what has to be read and written at least; 0: not stated
+    parameters: torch.dtype | None = None
+
+    @property
+    def dtype_name(self) -> str:
+        """As in "bfloat16", or "bfloat16+float32" for bfloat16 beside float32 parameters."""
+        dtypes = dict.fromkeys((self.dtype, self.parameters or self.dtype))
+        return "+".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
     @property
     def id(self) -> str:
-        return f"{self.op}/{self.mode}/{self.shape}/{str(self.dtype).removeprefix('torch.')}"
+        return f"{self.op}/{self.mode}/{self.shape}/{self.dtype_name}"
 
 
 @dataclass(frozen=True)
@@ -106,12 +119,13 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
 
 
 def rounds_of(contestants: Sequence[Contestant], clock: Clock, settings: Settings) -> list[list[float]]:
-    """Seconds per contestant and round. The garbage collector waits outside."""
+    """Seconds per contestant and round, NaN where it was not its turn. The garbage collector waits outside."""
     for _ in range(max(settings.warmup, 1)):
-        start = time.perf_counter()
+        one_round = 0.0
         for contestant in contestants:
+            start = time.perf_counter()
             clock(contestant.run, contestant.prepare())
-        one_round = time.perf_counter() - start
+            one_round += (time.perf_counter() - start) / contestant.every
     rounds = int(settings.seconds / max(one_round, 1e-9))
     rounds = max(settings.min_rounds, min(settings.max_rounds, rounds))
     plan = orders(len(contestants))
@@ -122,6 +136,9 @@ def rounds_of(contestants: Sequence[Contestant], clock: Clock, settings: Setting
     try:
         for round_ in range(rounds):
             for i in plan[round_ % len(plan)]:
+                if round_ % contestants[i].every:
+                    samples[i].append(math.nan)
+                    continue
                 state = contestants[i].prepare()
                 samples[i].append(clock(contestants[i].run, state))
                 del state
@@ -194,10 +211,10 @@ def measure(group: Group, clock: Clock, settings: Settings) -> list[Result]:
     if not racing:
         return results
     samples = rounds_of([contestant for contestant, _ in racing], clock, settings)
+    floor = next((times for (_, result), times in zip(racing, samples, strict=True) if result.impl == FLOOR), None)
     for (_, result), times in zip(racing, samples, strict=True):
-        result.seconds = times
-    floor = next((result.seconds for _, result in racing if result.impl == FLOOR), None)
-    if floor is not None:
-        for _, result in racing:
-            result.ratios = [time_ / base for time_, base in zip(result.seconds, floor, strict=True)]
+        result.seconds = [time_ for time_ in times if not math.isnan(time_)]
+        if floor is not None:
+            pairs = zip(times, floor, strict=True)
+            result.ratios = [time_ / base for time_, base in pairs if not math.isnan(time_)]
     return results

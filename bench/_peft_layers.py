@@ -14,20 +14,28 @@ from torch import Tensor, nn
 
 import frodkernels as fk
 from bench._case import Case
+from bench._hra_case import HRACase
 from bench._interleave import Unavailable
 from bench._truth import Answers, Truth
+from bench.shapes import ConvShape
 
 NAME = "default"
 
 
-def _base(case: Case) -> nn.Linear:
-    m, n = case.shape.m, case.shape.n
-    base = nn.Linear(n, m, bias=case.bias is not None, device="meta").to_empty(device=case.device).to(case.dtype)
-    with torch.no_grad():
-        base.weight.copy_(case.weight)
-        if case.bias is not None:
-            base.bias.copy_(case.bias)
-    return base.requires_grad_(False)
+def _base(case: Case | HRACase) -> nn.Module:
+    weight, bias = case.weight, case.bias
+    m, n = weight.shape
+    base: nn.Linear | nn.Conv2d
+    if isinstance(case.shape, ConvShape):
+        kernel = case.shape.kernel
+        weight = weight.view(m, -1, kernel, kernel)
+        base = nn.Conv2d(weight.shape[1], m, kernel, padding=kernel // 2, bias=bias is not None, device="meta")
+    else:
+        base = nn.Linear(n, m, bias=bias is not None, device="meta")
+    base.weight = nn.Parameter(weight.to(case.device, case.dtype), requires_grad=False)
+    if bias is not None:
+        base.bias = nn.Parameter(bias, requires_grad=False)
+    return base
 
 
 def frod(case: Case, *, accelerated: bool = False, eval_cache: bool = False) -> nn.Module:
@@ -70,8 +78,29 @@ def frod_parameters(layer: nn.Module) -> dict[str, Tensor]:
     return {"dlam": layer.frod_lambda_l[NAME], "dvalues": layer.frod_lambda_s_values[NAME]}
 
 
-def lora(case: Case, rank: int = 8) -> nn.Module:
-    """``peft.tuners.lora.layer.Linear`` around the same base layer, B not zero."""
+def hra(case: HRACase, *, accelerated: bool = False, eval_cache: bool = False) -> nn.Module:
+    """PEFT's ``HRALinear`` or ``HRAConv2d`` for ``case``; swapped in by ``fk.peft.accelerate`` when ``accelerated``."""
+    try:
+        from peft import HRAConfig
+        from peft.tuners.hra.layer import HRAConv2d, HRALinear
+    except ImportError as reason:
+        raise Unavailable(f"peft {reason}") from None
+    kind = HRAConv2d if isinstance(case.shape, ConvShape) else HRALinear
+    layer = kind(_base(case), NAME, HRAConfig(r=case.shape.rank, init_weights=False), r=case.shape.rank)
+    layer.hra_u[NAME] = nn.Parameter(case.u.clone())
+    if accelerated:
+        report = fk.peft.accelerate(layer, eval_cache=eval_cache)
+        if not report.layers or report.layers[0].status != "swapped":
+            raise RuntimeError(f"the layer was not swapped: {report}")
+    return layer
+
+
+def hra_parameter(layer: nn.Module) -> Tensor:
+    return layer.hra_u[NAME]
+
+
+def lora(case: Case | HRACase, rank: int = 8, parameters: torch.dtype = torch.float32) -> nn.Module:
+    """``peft.tuners.lora.layer.Linear`` around the same base, B not zero; PEFT keeps float32 beside any base."""
     try:
         from peft import LoraConfig
         from peft.tuners.lora.layer import Linear
@@ -81,7 +110,7 @@ def lora(case: Case, rank: int = 8) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for half in (layer.lora_A[NAME], layer.lora_B[NAME]):
         data = torch.randn(half.weight.shape, generator=generator) * half.weight.shape[1] ** -0.5
-        half.weight = nn.Parameter(data.to(case.device))  # float32 beside any base, as PEFT casts it
+        half.weight = nn.Parameter(data.to(case.device, parameters))
     return layer
 
 
@@ -89,8 +118,8 @@ def lora_parameters(layer: nn.Module) -> dict[str, Tensor]:
     return {"dA": layer.lora_A[NAME].weight, "dB": layer.lora_B[NAME].weight}
 
 
-def lora_truth(layer: nn.Module, case: Case, mode: str) -> Truth:
-    """LoRA is another map than FRoD: y = x W^T + bias + s (x A^T) B^T."""
+def lora_truth(layer: nn.Module, case: Case | HRACase, mode: str) -> Truth:
+    """LoRA is another map than FRoD and HRA: y = x W^T + bias + s (x A^T) B^T."""
     scale = layer.scaling[NAME]
 
     def answers(dtype: torch.dtype) -> Answers:

@@ -11,7 +11,7 @@ Floors     forward, step: the GEMMs alone, allocations included, of the associat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,37 +23,17 @@ from bench import _plain_torch as plain
 from bench import _truth
 from bench._case import Case, make_case
 from bench._interleave import FLOOR, Contestant, Entry, Group, fastest
-from bench._saved import saved_bytes
+from bench._layer import contestant
 from bench._timing import Clock
-from bench.shapes import Shape
+from bench.shapes import SIZES, Shape
 from frodkernels.functional.frod_path import PATHS
 
 OP = "frod_linear"
 MODES = ("forward", "step", "eval")
 
 
-def contestant(forward: Callable[[Tensor], Tensor], case: Case, mode: str, parameters: dict[str, Tensor]) -> Contestant:
-    """Time ``forward`` as ``mode`` says. ``parameters`` are named like their gradients in the truth."""
-    if mode != "step":
-
-        def answer(_: Any = None) -> Tensor:
-            with torch.no_grad():
-                return forward(case.x)
-
-        return Contestant(answer, answers=lambda: {"y": answer()})
-
-    x = case.x.detach().requires_grad_()
-    names, leaves = ("dx", *parameters), (x, *parameters.values())
-
-    def step(_: Any = None) -> tuple[Tensor, ...]:
-        y = forward(x)
-        return (y, *torch.autograd.grad(y, leaves, case.g))
-
-    def answers() -> dict[str, Tensor]:
-        y, *grads = step()
-        return {"y": y.detach(), **dict(zip(names, grads, strict=True))}
-
-    return Contestant(step, answers=answers, saved=lambda: saved_bytes(lambda: forward(x), [x]))
+def shapes(size: str) -> Sequence[Shape]:
+    return SIZES[size]
 
 
 def _trainable(case: Case, mode: str) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from bench.results import Row, measured
 COLOURS = {
     "peft": "#b0413e",
     "torch": "#c98b3c",
+    "torch:factor": "#8f7a4a",
     "torch:csr": "#c98b3c",
     "torch:dense": "#8f7a4a",
     "compile": "#7d8a5c",
@@ -21,14 +22,18 @@ COLOURS = {
     "frodkernels": "#20639b",
     "accelerated": "#6fa8d6",
     "lora8": "#a0a0a0",
+    "lora": "#a0a0a0",
 }
-SKIPPED = (FLOOR, "activation", "fold", "materialize")
+SKIPPED = (FLOOR, "activation", "fold", "materialize", "input", "output")
 LOGARITHMIC = 12.0  # from this ratio on
 
 
 def _file_name(row: Row) -> str:
     cold = ["cold"] if row.cache == "cold" and row.device == "cpu" else []
-    return "-".join([row.op, row.mode, row.dtype, slug(row.device, row.machine, row.threads), *cold]) + ".png"
+    return (
+        "-".join([row.op, row.mode, row.dtype.replace("+", "-"), slug(row.device, row.machine, row.threads), *cold])
+        + ".png"
+    )
 
 
 def _colour(impl: str) -> str:
@@ -38,7 +43,10 @@ def _colour(impl: str) -> str:
 def _tick(row: Row) -> str:
     if row.op == "sparse_core":  # it does not know m
         return f"n={row.n}\nT={row.T}"
-    return f"{row.model}\n{row.layer}\n{row.n}→{row.m}, T={row.T}"
+    rank = f", r={row.rank}" if row.rank else ""
+    if row.op == "householder":  # nor does it
+        return f"n={row.n}\nT={row.T}{rank}"
+    return f"{row.model}\n{row.layer}\n{row.n}→{row.m}, T={row.T}{rank}"
 
 
 def _timed(rows: Sequence[Row], impl: str) -> Row | None:

@@ -19,6 +19,7 @@ LABELS = {
     FLOOR: "floor",
     "peft": "PEFT",
     "torch": "plain torch",
+    "torch:factor": "plain torch, u S⁻ᵀ first",
     "torch:csr": "torch CSR",
     "torch:dense": "torch dense",
     "compile": "torch.compile",
@@ -27,12 +28,31 @@ LABELS = {
     "activation": "activation",
     "fold": "fold",
     "materialize": "materialize",
+    "input": "input side",
+    "output": "output side",
     "accelerated": "PEFT, accelerated",
     "lora8": "LoRA r=8",
+    "lora": "LoRA, same r",
 }
 OURS = ("auto", "frodkernels", "accelerated")
-PATHS = ("activation", "fold", "materialize")
-OPS = {"frod_linear": "FRoD layer", "sparse_core": "Sparse core alone"}
+PATHS = ("activation", "fold", "materialize", "input", "output")
+MEMORY = "hra_memory"
+OPS = {
+    "frod_linear": "FRoD layer",
+    "sparse_core": "Sparse core alone",
+    "hra_linear": "HRA layer",
+    "hra_conv2d": "HRA convolution",
+    "householder": "Reflections alone",
+    MEMORY: "HRA model: peak of memory",
+}
+OVERHEADS = ("hra_linear", "hra_conv2d")  # where the floor is the layer without its adapter
+DTYPES = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "bfloat16+float32": "bfloat16, u in float32",
+    "float16": "float16",
+    "float16+float32": "float16, u in float32",
+}
 MODES = {
     "step": "forward + backward",
     "forward": "forward, nothing cached",
@@ -49,13 +69,18 @@ modelled; `make bench` repeats them on your machine.
 * **Ratio**: time over the time of the *floor* in the same round; median over rounds, 20th to 80th percentile in
   brackets. In each round every implementation runs once, in an order in which each follows every other equally often.
 * **Floor**: for a layer the GEMMs alone of the cheapest association order, in the operand layout that is fastest on
-  the machine (evaluation: one product with a ready weight); for the sparse core alone a copy of z, or u + z.
+  the machine (evaluation: one product with a ready weight); for the sparse core alone a copy of z, or u + z. For HRA
+  the frozen layer without an adapter; for its reflections alone a copy of x, in a step g + x too.
 * **PEFT**: its own layer, 0.21.2. **PEFT, accelerated**: the same layer after `frodkernels.peft.accelerate`.
   **plain torch**: the fastest of three hand-written forms (the CSV says which). **torch.compile**: of the faster of
   the two forms it can trace. **frodkernels**: `path="auto"`; its three paths stand beside it.
-  **LoRA r=8**: PEFT's LoRA at the same shape. It computes another map: context, not competition.
+  **LoRA**: PEFT's LoRA at the same shape. It computes another map: context, not competition.
+* **HRA**: plain torch is the compact WY form `x - ((x u) S⁻ᵀ) uᵀ` before the base layer with autograd through
+  `solve_triangular`, and beside it the same with u S⁻ᵀ formed first; torch.compile is of the former. frodkernels is
+  `side="auto"`; its two sides stand beside it. The **overhead** is the median time above the floor.
 * Every answer was compared with float64 first; a wrong one gets no time. Entries of S are nonzero. In 16-bit rows x,
-  U, V and the bias have 16 bits and the trained parameters 32.
+  U, V and the bias have 16 bits and FRoD's trained parameters 32; HRA's u (LoRA's A and B) has the 16 bits of x, or 32
+  where that is said: what PEFT trains in.
 * **Saved**: bytes a forward keeps for its backward, without parameters and frozen factors; memory that tensors share
   counts once.
 """
@@ -86,7 +111,10 @@ def _columns(groups: Sequence[list[Row]]) -> list[str]:
 def _label(row: Row) -> str:
     if row.op == "sparse_core":  # it does not know m
         return f"n={row.n}, nnz={row.nnz}, T={row.T}"
-    return f"{row.model} {row.layer}, {row.n}→{row.m}, T={row.T}"
+    rank = f", r={row.rank}" if row.rank else ""
+    if row.op == "householder":  # nor does it
+        return f"n={row.n}, T={row.T}{rank}"
+    return f"{row.model} {row.layer}, {row.n}→{row.m}, T={row.T}{rank}"
 
 
 def _ratios(groups: Sequence[list[Row]]) -> str:
@@ -110,6 +138,67 @@ def _saved(groups: Sequence[list[Row]]) -> str:
         cells = [by[i].saved_bytes if i in by else "" for i in columns]
         lines.append([_label(rows[0]), *(f"{int(cell) / 2**20:.1f}" if cell else "" for cell in cells)])
     return "Saved for the backward, MiB:\n\n" + table(["", *(LABELS[impl] for impl in columns)], lines)
+
+
+def _overheads(groups: Sequence[list[Row]]) -> str:
+    """What every implementation adds to the floor, and what share of plain torch's addition that is."""
+    columns = _columns(groups)
+    lines = []
+    for rows in groups:
+        timed = {row.impl: row for row in rows if measured(row) and row.ratio}
+        if FLOOR not in timed:
+            continue
+        floor = float(timed[FLOOR].ms)
+        above = {impl: float(row.ratio) - 1 for impl, row in timed.items()}
+        yardstick = above.get("torch", 0.0)
+        cells = []
+        for impl in columns:
+            share = f" ({above[impl] / yardstick:.2f})" if impl in above and yardstick > 0 else ""
+            cells.append(f"{floor * above[impl]:.2f}{share}" if impl in above else "")
+        lines.append([_label(rows[0]), *cells])
+    head = "Overhead over the floor, ms, and in brackets its ratio to plain torch's:\n\n"
+    return head + table(["", *(LABELS[impl] for impl in columns)], lines)
+
+
+def _against(groups: Sequence[list[Row]]) -> str:
+    """What frodkernels takes beside the others."""
+    rivals = {"peft": "PEFT / ours"}
+    rivals |= {impl: f"ours / {LABELS[impl]}" for impl in ("lora", "torch", "torch:factor")}
+    rivals = {impl: title for impl, title in rivals.items() if impl in _columns(groups)}
+    lines = []
+    for rows in groups:
+        timed = {row.impl: float(row.ratio) for row in rows if measured(row) and row.ratio}
+        if "auto" not in timed:
+            continue
+        shares = {impl: timed["auto"] / timed[impl] for impl in rivals if impl in timed}
+        if "peft" in shares:
+            shares["peft"] = 1 / shares["peft"]
+        lines.append([_label(rows[0]), *(f"{shares[impl]:.2f}" if impl in shares else "" for impl in rivals)])
+    return "Times of the same rounds, in short:\n\n" + table(["", *rivals.values()], lines)
+
+
+def _errors(groups: Sequence[list[Row]]) -> str:
+    columns = [i for i in _columns(groups) if any(r.impl == i and r.error for rows in groups for r in rows)]
+    lines = []
+    for rows in groups:
+        by = {row.impl: row.error for row in rows}
+        lines.append([_label(rows[0]), *(f"{float(by[i]):.1e}" if by.get(i) else "" for i in columns)])
+    return "Error against float64, relative in norm, of the worst answer:\n\n" + table(
+        ["", *(LABELS[impl] for impl in columns)], lines
+    )
+
+
+def _peaks(groups: Sequence[list[Row]]) -> str:
+    """Of whole processes; see bench/memory.py."""
+    columns = _columns(groups)
+    lines = []
+    for rows in groups:
+        by = {row.impl: row for row in rows}
+        cells = (f"{int(by[i].peak_bytes) / 1e6:.0f}" if i in by and by[i].peak_bytes else "" for i in columns)
+        lines.append([f"{rows[0].layer}, T={rows[0].T}, r={rows[0].rank}", *cells])
+    return "The most memory above the frozen model, MB of 10⁶ bytes:\n\n" + table(
+        ["", *(LABELS[impl] for impl in columns)], lines
+    )
 
 
 def losses(rows: Sequence[Row]) -> list[str]:
@@ -142,14 +231,17 @@ def _facts(rows: Sequence[Row]) -> str:
 
 
 def _order(rows: list[Row]) -> tuple[int, ...]:
-    return rows[0].n * rows[0].m, rows[0].n, rows[0].T
+    return rows[0].n * rows[0].m, rows[0].n, rows[0].T, rows[0].rank
 
 
 def _section(groups: Sequence[list[Row]], title: str, figure: str | None) -> str:
     parts = [f"### {title}\n"]
     if figure is not None:
         parts.append(f"![{title}]({figure})\n")
-    parts.append(_ratios(groups))
+    op, mode = groups[0][0].op, groups[0][0].mode
+    parts.append(_peaks(groups) if op == MEMORY else _ratios(groups))
+    if op in OVERHEADS and mode == "step":
+        parts += [_against(groups), _overheads(groups), _errors(groups)]
     saved = _saved(groups)
     if saved:
         parts.append(saved)
@@ -175,15 +267,15 @@ def render(rows: Iterable[Row], figures: Path, page: Path) -> str:
         parts.append(_facts([row for rows in here for row in rows]))
         for op, op_title in OPS.items():
             for mode, mode_title in MODES.items():
-                for dtype in ("float32", "bfloat16", "float16"):
+                for dtype, dtype_title in DTYPES.items():
                     chosen = sorted(
                         (g for g in here if (g[0].op, g[0].mode, g[0].dtype) == (op, mode, dtype)), key=_order
                     )
                     if not chosen:
                         continue
-                    figure = plot(chosen, figures, f"{op_title}, {mode_title}, {dtype}", LABELS)
+                    figure = plot(chosen, figures, f"{op_title}, {mode_title}, {dtype_title}", LABELS)
                     link = None if figure is None else Path(os.path.relpath(figure, page.parent)).as_posix()
-                    parts.append(_section(chosen, f"{op_title}: {mode_title}, {dtype}", link))
+                    parts.append(_section(chosen, f"{op_title}: {mode_title}, {dtype_title}", link))
     return "\n".join(parts)
 
 

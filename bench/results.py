@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One CSV row per (op, implementation, mode, shape, dtype, cache, device, torch, commit)."""
+"""One CSV row per (op, implementation, mode, shape, dtype, cache, device, torch, commit).
+
+A file without a column, from before there was one, reads as zeros or nothing there.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ class Row:
     n: int
     T: int
     nnz: int
+    rank: int
     dtype: str
     status: str
     ms: str
@@ -60,7 +64,7 @@ class Row:
 
     @property
     def shape(self) -> tuple:
-        return (self.model, self.layer, self.m, self.n, self.T)
+        return (self.model, self.layer, self.m, self.n, self.T, self.rank)
 
     @property
     def key(self) -> tuple:
@@ -94,7 +98,8 @@ def make_rows(group: Group, results: Iterable[Result], machine: Machine, cache: 
             shape.n,
             shape.T,
             shape.nnz,
-            str(group.dtype).removeprefix("torch."),
+            getattr(shape, "rank", 0),
+            group.dtype_name,
             result.status,
             *ms,
             *ratios,
@@ -118,7 +123,8 @@ def make_rows(group: Group, results: Iterable[Result], machine: Machine, cache: 
 def read(path: Path) -> list[Row]:
     types = {field.name: int if field.type == "int" else str for field in fields(Row)}
     with path.open(newline="", encoding="utf-8") as file:
-        return [Row(**{name: types[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
+        lines = csv.DictReader(file)
+        return [Row(**{name: kind(line.get(name) or kind()) for name, kind in types.items()}) for line in lines]
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of named models, and how many tokens a step of theirs brings."""
+"""Layers of named models, how many tokens a step of theirs brings, and the ranks of the adapters that have one."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 SPARSE_RATE = 0.01  # PEFT's default
@@ -32,6 +33,35 @@ class Shape:
         return f"{self.name} {self.n}->{self.m} T={self.T}"
 
 
+@dataclass(frozen=True)
+class RankShape(Shape):
+    """The layer with an adapter of ``rank`` directions; no sparse matrix."""
+
+    rank: int
+
+    @property
+    def nnz(self) -> int:
+        return 0
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} r={self.rank}"
+
+
+@dataclass(frozen=True)
+class ConvShape(RankShape):
+    """A convolution that keeps the image's size, as a layer of n = channels kernel^2 inputs and T = pixels.
+
+    ``size`` is height and width of the one image.
+    """
+
+    kernel: int
+    size: int
+
+    @property
+    def channels(self) -> int:
+        return self.n // self.kernel**2
+
+
 ATTENTION = Shape("MiniLM-L6", "attention", 384, 384, 4096, True)
 UP = Shape("MiniLM-L6", "up", 1536, 384, 4096, True)
 DOWN = Shape("MiniLM-L6", "down", 384, 1536, 2048, True)
@@ -46,3 +76,29 @@ SIZES: dict[str, tuple[Shape, ...]] = {
     "default": (ATTENTION, UP, DOWN, OPT, LLAMA_1B, LLAMA_3B),
     "full": (ATTENTION, UP, DOWN, OPT, LLAMA_1B, LLAMA_3B, LLAMA_8B, FLUX),
 }
+
+
+def ranked(shape: Shape, *ranks: int) -> tuple[RankShape, ...]:
+    """``shape`` with each of the ranks."""
+    return tuple(RankShape(**vars(shape), rank=rank) for rank in ranks)
+
+
+BERT_LARGE = Shape("BERT-large", "attention", 1024, 1024, 1024, True)
+OPT_SHORT = Shape("OPT-125M", "attention", 768, 768, 768, True)  # what the peak of memory is measured on, too
+LLAMA_1B_KEY = Shape("Llama-3.2-1B", "k_proj", 512, 2048, 1024, False)
+
+_ADAPTED = (OPT_SHORT, BERT_LARGE, LLAMA_1B_KEY, LLAMA_1B)
+
+RANKED: dict[str, tuple[RankShape, ...]] = {
+    "quick": (*ranked(OPT_SHORT, 8), *ranked(BERT_LARGE, 32)),
+    "default": tuple(shape for base in _ADAPTED for shape in ranked(base, 8, 32)),
+    "full": tuple(shape for base in (*_ADAPTED, LLAMA_8B) for shape in ranked(base, 8, 32)),
+}
+
+CONVOLUTION = ConvShape("Stable Diffusion", "3x3 conv, 32x32", 320, 320 * 9, 1024, True, rank=8, kernel=3, size=32)
+CONVOLUTIONS: dict[str, tuple[ConvShape, ...]] = {"quick": (), "default": (CONVOLUTION,), "full": (CONVOLUTION,)}
+
+
+def without_outputs(shapes: Iterable[Shape]) -> list[Shape]:
+    """One shape for each (n, T) and rank: for what does not know m."""
+    return list({(s.n, s.T, getattr(s, "rank", 0)): s for s in reversed(list(shapes))}.values())[::-1]

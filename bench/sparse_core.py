@@ -9,7 +9,7 @@ for the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +21,17 @@ from bench import _truth
 from bench._case import Case, make_case
 from bench._interleave import FLOOR, Contestant, Entry, Group
 from bench._timing import Clock
-from bench.shapes import Shape
+from bench.shapes import SIZES, Shape, without_outputs
 from frodkernels.ops import sparse_core as ops
 
 OP = "sparse_core"
 MODES = ("forward", "backward")
 
 GRADIENTS = ("dz", "dlam", "dvalues")
+
+
+def shapes(size: str) -> Sequence[Shape]:
+    return without_outputs(SIZES[size])
 
 
 def _without_grad(run: Callable[[], Any], names: tuple[str, ...], detail: str = "") -> Contestant:

@@ -10,18 +10,19 @@ from types import ModuleType
 
 import torch
 
-from bench import frod, sparse_core
+from bench import frod, householder, hra, hra_conv, sparse_core
 from bench._interleave import Group
 from bench._timing import Clock
-from bench.shapes import SIZES, Shape
+from bench.shapes import Shape
 
-FAMILIES: dict[str, ModuleType] = {module.OP: module for module in (frod, sparse_core)}
+FAMILIES: dict[str, ModuleType] = {module.OP: module for module in (frod, sparse_core, hra, hra_conv, householder)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WIDE_PARAMETERS = (hra.OP, hra_conv.OP, householder.OP)  # measured with u of x's dtype and with u in float32
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A group to be measured."""
+    """A group to be measured. ``dtype`` is one of DTYPES, or two joined by "+": of x and the layer, and of u."""
 
     op: str
     mode: str
@@ -33,25 +34,29 @@ class Spec:
         return f"{self.op}/{self.mode}/{self.shape}/{self.dtype}"
 
     def build(self, clock: Clock, device: torch.device, compile: bool = True) -> Group:
-        family = FAMILIES[self.op]
-        return family.group(self.shape, self.mode, DTYPES[self.dtype], clock, device, compile)
+        dtype, *parameters = (DTYPES[name] for name in self.dtype.split("+"))
+        return FAMILIES[self.op].group(self.shape, self.mode, dtype, clock, device, compile, *parameters)
 
 
-def _distinct(op: str, shapes: Iterable[Shape]) -> list[Shape]:
-    """The core does not know m: one shape for each (n, T)."""
-    if op != sparse_core.OP:
-        return list(shapes)
-    return list({(shape.n, shape.T): shape for shape in reversed(list(shapes))}.values())[::-1]
+def _variants(op: str, dtypes: Iterable[str]) -> list[str]:
+    """The dtypes, and for the families of WIDE_PARAMETERS the 16-bit ones beside float32 parameters too."""
+    wide = "+float32"
+    return [
+        dtype + u
+        for dtype in dtypes
+        for u in ("", *([wide] if op in WIDE_PARAMETERS and DTYPES[dtype].itemsize == 2 else []))
+    ]
 
 
 def specs(size: str = "default", dtypes: Iterable[str] = ("float32", "bfloat16"), pattern: str = "") -> list[Spec]:
     """The groups of a size whose id matches the regular expression ``pattern``."""
     wanted = re.compile(pattern, re.IGNORECASE)
+    named = list(dtypes)
     every = [
         Spec(op, mode, shape, dtype)
         for op, family in FAMILIES.items()
-        for shape in _distinct(op, SIZES[size])
-        for dtype in dtypes
+        for shape in family.shapes(size)
+        for dtype in _variants(op, named)
         for mode in family.MODES
     ]
     return [spec for spec in every if wanted.search(spec.id)]

@@ -16,8 +16,8 @@ from bench._case import make_case
 from bench._interleave import Contestant, Entry, Group, Settings, Unavailable, fastest, measure, percentiles
 from bench._saved import saved_bytes
 from bench._timing import CpuClock, make_clock, orders
-from bench.shapes import Shape
-from bench.suites import SIZES, specs
+from bench.shapes import SIZES, Shape
+from bench.suites import specs
 
 TINY = Shape("Tiny", "layer", 48, 160, 96, True)
 CPU = torch.device("cpu")
