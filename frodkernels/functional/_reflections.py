@@ -23,7 +23,6 @@ from frodkernels.functional._common import check_tensor
 from frodkernels.ops import householder as ops
 from frodkernels.reference.householder import accumulator
 
-
 # These products decide how orthogonal the chain is, so they are the kernels', in float32 or float64 whatever precision
 # torch.set_float32_matmul_precision allows to matrix products.
 
