@@ -101,3 +101,72 @@ def token_splits(tiles: int, programs: int) -> tuple[int, int]:
     wanted = min(max(-(-PROGRAMS_WANTED // max(programs, 1)), MIN_SPLITS), MAX_SPLITS)
     per_split = -(-tiles // wanted)
     return -(-tiles // per_split), per_split
+
+
+class HouseholderConfig(NamedTuple):
+    """Tile of one program of the reflections: BLOCK_T tokens x BLOCK_N features, ranks padded to BLOCK_R."""
+
+    block_t: int
+    block_n: int
+    block_r: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_T": self.block_t,
+            "BLOCK_N": self.block_n,
+            "BLOCK_R": self.block_r,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+MOST_RANKS = 128
+
+# kind and bits of a feature -> largest padded rank -> tokens, features, warps, stages of a tile. 64 tokens are what a
+# group of four warps multiplies at once; 64 features of 16 bits are a cache line of a row, and give way to registers
+# where ranks are many. In the gradient the roles are exchanged: its rows are features, its sums go over tokens.
+HOUSEHOLDER_TILES: dict[str, dict[int, tuple[int, int, int, int]]] = {
+    "wide16": {32: (64, 64, 4, 3), 64: (64, 32, 4, 2), 128: (64, 16, 4, 2)},
+    "wide32": {32: (64, 32, 4, 3), 64: (64, 16, 4, 2), 128: (64, 16, 4, 2)},
+    "decode16": {32: (16, 64, 4, 3), 64: (16, 64, 4, 2), 128: (16, 32, 4, 2)},
+    "decode32": {32: (16, 64, 4, 3), 64: (16, 32, 4, 2), 128: (16, 32, 4, 2)},
+    "gradient16": {32: (64, 64, 4, 3), 64: (32, 64, 4, 2), 128: (32, 64, 8, 2)},
+    "gradient32": {32: (32, 64, 4, 3), 64: (32, 32, 4, 2), 128: (32, 32, 4, 2)},
+    "float64": {32: (32, 16, 4, 1), 64: (16, 16, 4, 1), 128: (16, 16, 4, 1)},
+}
+
+# From this many tiles of tokens on, every SM of an H100 has a tile, and a program does both products of its own; with
+# fewer tiles features are split over programs until there are two for each SM, four in the gradient, which has no more
+# than that to fill an SM with.
+HOUSEHOLDER_FUSED_TILES = 128
+HOUSEHOLDER_PROGRAMS = 256
+HOUSEHOLDER_GRADIENT_PROGRAMS = 512
+HOUSEHOLDER_SPLITS = 16
+
+
+def householder_config(kind: str, itemsize: int, rank: int) -> HouseholderConfig:
+    """The tile of a `kind` for features of `itemsize` bytes (8 where sums are fp64)."""
+    name = "float64" if itemsize == 8 else f"{kind}{8 * itemsize}"
+    block_r = max(16, 1 << (rank - 1).bit_length())
+    block_t, block_n, warps, stages = next(tile for most, tile in HOUSEHOLDER_TILES[name].items() if block_r <= most)
+    return HouseholderConfig(block_t, block_n, block_r, warps, stages)
+
+
+def householder_kind(tokens: int) -> str:
+    """The kind of the forward's tile: few tokens fill no tile of many."""
+    return "decode" if tokens <= 16 else "wide"
+
+
+def householder_splits(programs: int, blocks: int, wanted: int = HOUSEHOLDER_PROGRAMS) -> int:
+    """Over how many programs a sum of `blocks` is split where there are `programs` without: a power of two.
+
+    So many that `wanted` programs are not exceeded, and every split has a block of its own. Shapes decide.
+    """
+    splits = 1
+    while splits < HOUSEHOLDER_SPLITS and 2 * splits * programs <= wanted and 2 * splits <= blocks:
+        splits *= 2
+    return splits

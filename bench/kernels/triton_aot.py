@@ -15,7 +15,9 @@ from bench.kernels import static
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 ELEMENTS = {"indptr_ptr": "i32", "perm_ptr": "i32", "indices_ptr": "u16"}  # features: the dtype asked for; others fp32
-FEATURES = ("z_ptr", "u_ptr", "out_ptr", "dz_ptr")
+FEATURES = ("z_ptr", "u_ptr", "out_ptr", "dz_ptr", "x_ptr", "g_ptr", "base_ptr")
+SIZES = ("n", "n_out", "m", "x_stride", "g_stride", "base_stride", "width")  # multiples of 16 in a model
+RANK, SPLITS = 32, 4  # of the figures: reflections, and the splits of a sum over features
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,38 @@ def declared() -> dict[str, Any]:
     return found
 
 
+def _launch(function: Any, names: list[str], dtype: str, tokens: int) -> dict[str, Any]:
+    from frodkernels.triton_kernels._config import FLAT, householder_config, householder_kind, tile_config
+
+    if "BLOCK" in names:
+        return dict(FLAT)
+    if "RANK" in names:
+        kind = "gradient" if "gradient" in function.__name__ else householder_kind(tokens)
+        return householder_config(kind, ITEMSIZE[dtype], RANK).launch()
+    return tile_config(ITEMSIZE[dtype], tokens, False).launch()
+
+
 def _settings(function: Any, dtype: str, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Values of the constant parameters, and the options of the launch."""
+    import torch
     import triton.language as tl
 
-    from frodkernels.triton_kernels._config import FLAT, tile_config
+    from frodkernels.triton_kernels import householder
 
     names = [p.name for p in function.params if p.is_constexpr]
-    launch = dict(FLAT) if "BLOCK" in names else tile_config(ITEMSIZE[dtype], tokens, False).launch()
-    known = {"UNIT": 16 // ITEMSIZE[dtype], "ACC": tl.float32, "TOKEN_MAJOR": False, **launch}
+    launch = _launch(function, names, dtype, tokens)
+    features = getattr(torch, dtype)
+    known = {
+        "UNIT": 16 // ITEMSIZE[dtype],
+        "ACC": tl.float32,
+        "TOKEN_MAJOR": False,
+        "RANK": RANK,
+        "SPLITS": SPLITS,
+        "X_PARTS": householder.feature_parts(features),
+        "PARTS": householder.update_parts(features),
+        "PART": tl.bfloat16,
+        **launch,
+    }
     constants = {}
     for name in names:
         if name not in known and not name.startswith(("HAS_", "NEED_")):
@@ -72,7 +97,7 @@ def compile_kernel(name: str, arch: int, dtype: str = "bfloat16", tokens: int = 
         pointer = argument.endswith("_ptr")
         signature[argument] = "constexpr" if argument in constants else f"*{kind}" if pointer else "i32"
     # As at run time: pointers of whole tensors are aligned to 16 bytes, and so are sizes that are multiples of it.
-    aligned = [i for i, a in enumerate(function.arg_names) if a.endswith("_ptr") or a in ("n", "n_out")]
+    aligned = [i for i, a in enumerate(function.arg_names) if a.endswith("_ptr") or a in SIZES]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
