@@ -62,6 +62,13 @@ def test_opcheck_of_every_dtype(backend, dtype, acc):
         torch.library.opcheck(op, args)
 
 
+def test_opcheck_of_rounded_factors(backend):
+    for m in (None, 7):
+        case = make_operands(5, 9, 4, m, torch.bfloat16)
+        torch.library.opcheck(ops.householder, (*case.forward, True))
+        torch.library.opcheck(ops.householder_backward, (*case.backward, BOTH, True))
+
+
 @pytest.mark.parametrize("needs", NEEDS, ids=str)
 def test_opcheck_of_every_need(backend, needs):
     for m in (None, 7):

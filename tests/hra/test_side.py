@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from frodkernels.functional import hra as functional
 from frodkernels.functional import hra_side
-from frodkernels.functional.hra_side import NOMINAL_TOKENS, SIDES, choose, costs
+from frodkernels.functional.hra_side import NOMINAL_TOKENS, PRECISE_SHARE, PRECISE_WORK, SIDES, choose, costs
 from frodkernels.ops import householder as ops
 from tests.householder.cases import make_layer
 
@@ -20,21 +20,27 @@ NEEDS = list(itertools.product([False, True], repeat=2))
 
 
 def counted(layer, side, monkeypatch):
-    """Multiply-adds of the tall-skinny products that a forward and a backward of the layer really ask for."""
+    """Multiply-adds of the tall-skinny products that a forward and a backward of the layer really ask for.
+
+    Those of the layer's tensors alone: products of one thin matrix with another do not depend on T.
+    """
+    r = layer.u.shape[1]
     total = []
 
-    def forward(x, left, right, base=None):
-        (T, n), r = x.shape, left.shape[1]
-        total.append(T * n * r + (0 if right is None else T * right.shape[0] * r))
-        return real["householder"](x, left, right, base)
+    def forward(x, left, right, *rest):
+        T, n = x.shape
+        if n != r:
+            total.append(T * n * r + (0 if right is None else T * right.shape[0] * r))
+        return real["householder"](x, left, right, *rest)
 
-    def backward(g, x, c, left, right, base, needs):
-        (T, n), (m, r) = x.shape, left.shape
+    def backward(g, x, c, left, right, base, needs, *rest):
+        (T, n), m = x.shape, left.shape[0]
         total.append(T * m * r + needs[0] * T * n * r + needs[1] * T * (n + m) * r)
-        return real["householder_backward"](g, x, c, left, right, base, needs)
+        return real["householder_backward"](g, x, c, left, right, base, needs, *rest)
 
     def gradient(x, q):
-        total.append(x.shape[0] * x.shape[1] * q.shape[1])
+        if x.shape[1] != r:
+            total.append(x.shape[0] * x.shape[1] * r)
         return real["householder_gradient"](x, q)
 
     real = {name: getattr(ops, name) for name in ("householder", "householder_backward", "householder_gradient")}
@@ -82,6 +88,20 @@ def test_few_outputs_and_many_tokens_go_out_few_inputs_go_in():
     assert choose(torch.empty(10**5, 4096, device="meta"), 256, u[4096]) == "output"
     assert choose(torch.empty(10**5, 256, device="meta"), 4096, u[256]) == "input"
     assert choose(torch.empty(1, 4096, device="meta"), 256, u[4096]) == "input"  # W q is paid once per call
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@given(T=sizes, m=sizes, n=sizes, r=ranks)
+def test_precise_gradients_where_they_cost_little(dtype, T, m, n, r):
+    """16-bit x beside float32 u: the output side, unless the two products with W would weigh."""
+    x = torch.empty(T, n, device="meta", dtype=dtype)
+    u = torch.empty(n, r, device="meta", requires_grad=True)
+    light = PRECISE_SHARE * T >= m or m * n * r <= PRECISE_WORK
+    cost = costs(T, m, n, r, False, True)
+    assert choose(x, m, u) == ("output" if light else min(SIDES, key=cost.__getitem__))
+    cheapest = min(SIDES, key=costs(T, m, n, r, False, False).__getitem__)
+    assert choose(x, m, u.detach()) == cheapest  # no gradient, no matter
+    assert choose(x, m, u.to(dtype)) == choose(x.float(), m, u) == min(SIDES, key=cost.__getitem__)
 
 
 @pytest.mark.parametrize("side", SIDES)
