@@ -21,6 +21,7 @@ from frodkernels.nn.hra import corrected, plain_linear, watched, zero_columns
 from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.peft.hra_file import check_columns
 from frodkernels.peft.hra_merge import MergedFrom, bits_of, mergeable, plain_tensor, rotated, wide
+from frodkernels.reference.householder import accumulator
 
 logger = logging.getLogger("frodkernels")
 
@@ -53,7 +54,7 @@ class FastHRA(_Layer):
         parts = []
         for name in names:
             u = self.hra_u[name].to(device, dtype)
-            parts.append(Reflections.of(u, u, True).unit if self.hra_apply_GS[name] else u)
+            parts.append(gram_schmidt(u) if self.hra_apply_GS[name] else u)
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _adapted(self, x: Tensor, u: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
@@ -197,6 +198,12 @@ class FastHRAConv2d(FastHRA, PeftHRAConv2d):
         if u is not None:
             y = corrected(y, x, conv, u, False, weight)
         return y if late is None else y + late.reshape(-1, 1, 1)
+
+
+def gram_schmidt(u: Tensor) -> Tensor:
+    """An orthonormal basis of u's columns, in the accumulator's dtype; NaN where a column is zero."""
+    exact = u.to(wide(u))
+    return Reflections.of(exact, exact, True).unit.to(accumulator(u, u))
 
 
 def plain_base(base: nn.Module) -> bool:

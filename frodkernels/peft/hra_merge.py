@@ -53,20 +53,20 @@ def bits_of(weight: Tensor) -> tuple[int, int]:
     flat = weight.detach().contiguous().view(_BITS[weight.element_size()]).flatten()
     total = torch.zeros(2, dtype=torch.int64, device=weight.device)
     for chunk in flat.split(_CHUNK):
-        wide = chunk.to(torch.int64)
-        place = torch.arange(1, 2 * wide.numel(), 2, device=weight.device)
-        total = 31 * total + torch.stack([wide.sum(), (wide * place).sum()])
+        place = 2 * torch.arange(chunk.numel(), device=weight.device) + 1
+        exact = chunk.to(torch.int64)
+        total = 31 * total + torch.stack([exact.sum(), (exact * place).sum()])
     first, second = total.tolist()
     return first, second
 
 
-def wide(weight: Tensor) -> torch.dtype:
-    """What the directions are cast to, and W H is summed in: float64 where the device has it."""
-    return torch.float64 if weight.device.type in ("cpu", "cuda") else torch.promote_types(weight.dtype, torch.float32)
+def wide(tensor: Tensor) -> torch.dtype:
+    """The dtype for what is small, or done once: float64 where the device has it."""
+    return torch.float64 if tensor.device.type in ("cpu", "cuda") else torch.promote_types(tensor.dtype, torch.float32)
 
 
 def rotated(weight: Tensor, u: Tensor) -> Tensor:
-    """W H for a weight [m, ...], in its dtype: summed in u's, ``wide``, and rounded once."""
+    """W H for a weight [m, ...], in its dtype: summed in u's and rounded once."""
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
         merged = householder(weight.flatten(1), u).view(weight.shape)
         return merged if weight.is_contiguous() else torch.empty_like(weight).copy_(merged)
