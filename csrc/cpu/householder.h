@@ -8,7 +8,7 @@
 //   sum_out      = xᵀ coefficients (+ inᵀ saved where `joint`)        [n_out, r], as partial sums
 //   sum_in       = inᵀ saved                                          [n_in, r], as partial sums
 //
-// Each is left away where its data is null: without `in` the coefficients are given, without `out` nothing is updated.
+// The coefficients are given unless `project`; the others are left away where their data is null.
 //
 // Shapes   in [T, n_in]; base, out, x [T, n_out]: rows of unit stride, any distance between rows. left [n_in, r] and
 //          right [n_out, r] as `pack_left` and `pack_right` lay them out. coefficients, saved [T, r], contiguous.
@@ -37,6 +37,7 @@ struct Householder {
   int64_t T = 0, n_in = 0, n_out = 0, r = 0;
   int64_t tile = 0;    // tokens
   int64_t splits = 0;  // tasks, of consecutive tiles
+  bool project = true;
   Rows in, base, out, x;
   const void* left = nullptr;   // packed
   const void* right = nullptr;  // packed

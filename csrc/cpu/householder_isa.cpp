@@ -253,7 +253,7 @@ void run_tile(const Householder& a, const Workspace<Wide<S>>& work, int64_t spli
               bool fresh) {
   using W = Wide<S>;
   using acc = typename W::scalar;
-  if (a.in.data != nullptr) {
+  if (a.project) {
     if (low_rank<W>(a.r)) {
       project_low_rank<S>(a, t0, count);
     } else {

@@ -256,6 +256,7 @@ Tensor householder_gradient(const Tensor& x, const Tensor& q) {
   const Tensor features = with_rows(x), factors = as_type(q, type, "q");
   cpu::Householder a = problem(x, "x", x.size(1), q.size(1));
   a.n_in = 0;
+  a.project = false;
   a.x = rows(features);
   a.coefficients = const_cast<void*>(factors.const_data_ptr());
   a.splits = split_count(a.T, a.tiles(), a.r * a.n_out * (type == ScalarType::Double ? 8 : 4));

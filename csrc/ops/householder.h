@@ -39,10 +39,7 @@ inline void check_householder(const torch::stable::Tensor& x, const torch::stabl
   STD_TORCH_CHECK(x.dim() == 2, "x must be [T, features]");
   STD_TORCH_CHECK(left.dim() == 2, "left must be [features, rank]");
   check_matrix(left, "left", x.size(1), left.size(1), x);
-  if (!right.has_value()) {
-    STD_TORCH_CHECK(!base.has_value(), "base needs right");
-    return;
-  }
+  if (!right.has_value()) return;  // base is of no use then
   STD_TORCH_CHECK(right->dim() == 2, "right must be [features, rank]");
   check_matrix(*right, "right", base.has_value() ? right->size(0) : x.size(1), left.size(1), x);
   if (!base.has_value()) return;
