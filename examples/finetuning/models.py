@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import FrodConfig, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import FrodConfig, HRAConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from frodkernels.peft import accelerate, param_groups
 
 from .data import Texts
-from .settings import FRODKERNELS, LORA, DemoError, Settings
+from .settings import LORA, PAIRS, DemoError, Settings
 
 
 @dataclass
@@ -61,24 +61,25 @@ def target_modules(settings: Settings) -> str | list[str] | None:
     return [name.strip() for name in settings.targets.split(",")]
 
 
+def adapter_config(method: str, settings: Settings) -> PeftConfig:
+    """What PEFT is asked for."""
+    common: dict[str, Any] = {"task_type": TaskType.SEQ_CLS, "target_modules": target_modules(settings)}
+    if method == LORA:
+        return LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, **common)
+    if method in PAIRS["HRA"]:
+        return HRAConfig(r=settings.hra_rank, **common)
+    return FrodConfig(sparse_rate=settings.sparse_rate, progressbar=False, **common)
+
+
 def adapt(base: PreTrainedModel, method: str, settings: Settings) -> Adapted:
     """Put the method's adapter on a base model. PEFT trains the new classifier with it, for every method."""
-    targets = target_modules(settings)
     start = time.perf_counter()
-    if method == LORA:
-        config = LoraConfig(
-            task_type=TaskType.SEQ_CLS, r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, target_modules=targets
-        )
-    else:
-        config = FrodConfig(
-            task_type=TaskType.SEQ_CLS, target_modules=targets, sparse_rate=settings.sparse_rate, progressbar=False
-        )
     try:
-        model = get_peft_model(base, config)
+        model = get_peft_model(base, adapter_config(method, settings))
     except ValueError as error:
         raise DemoError(f"--targets {settings.targets}: {error}") from error
     note = "plain PEFT"
-    if method == FRODKERNELS:
+    if any(method == ours for _, ours in PAIRS.values()):
         report = accelerate(model)
         # Comparing PEFT with itself would look like perfect agreement: refuse.
         if report.skipped or not report.swapped:
@@ -90,14 +91,15 @@ def adapt(base: PreTrainedModel, method: str, settings: Settings) -> Adapted:
 
 def make_optimizer(model: PeftModel, method: str, settings: Settings) -> tuple[Optimizer, LambdaLR]:
     """AdamW with the method's own rates, and a linear warm-up and decay."""
-    if method == LORA:
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        groups: Any = [
-            {"params": [p for name, p in named if "lora_" in name], "lr": settings.lora_lr},
-            {"params": [p for name, p in named if "lora_" not in name], "lr": settings.head_lr},
-        ]
-    else:
+    if method in PAIRS["FRoD"]:
         groups = param_groups(model, settings.head_lr, lambda_lr=settings.lambda_lr, values_lr=settings.values_lr)
+    else:
+        part, rate = ("lora_", settings.lora_lr) if method == LORA else ("hra_u", settings.hra_lr)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for name, p in named if part in name], "lr": rate},
+            {"params": [p for name, p in named if part not in name], "lr": settings.head_lr},
+        ]
     optimizer = AdamW(groups, weight_decay=0.0)
     warmup, steps = settings.warmup_steps, settings.steps
 
@@ -105,6 +107,11 @@ def make_optimizer(model: PeftModel, method: str, settings: Settings) -> tuple[O
         return min((step + 1) / (warmup + 1), max(steps - step, 1) / max(steps - warmup, 1), 1.0)
 
     return optimizer, LambdaLR(optimizer, scale)
+
+
+def directions(model: PeftModel) -> list[Tensor]:
+    """HRA's trained u of every layer; nothing for another method."""
+    return [p for name, p in model.named_parameters() if "hra_u" in name and p.requires_grad]
 
 
 def make_tokenizer(settings: Settings) -> PreTrainedTokenizerBase:

@@ -14,10 +14,22 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .settings import FRODKERNELS, LORA, PEFT_FROD, Settings
+from .settings import FRODKERNELS, FRODKERNELS_HRA, LORA, PAIRS, PEFT_FROD, PEFT_HRA, Settings
 
-NAMES = {LORA: "LoRA", PEFT_FROD: "FRoD, plain PEFT", FRODKERNELS: "FRoD, frodkernels"}
-COLOURS = {LORA: "#7f7f7f", PEFT_FROD: "#d95f02", FRODKERNELS: "#1b6ca8"}
+NAMES = {
+    LORA: "LoRA",
+    PEFT_FROD: "FRoD, plain PEFT",
+    FRODKERNELS: "FRoD, frodkernels",
+    PEFT_HRA: "HRA, plain PEFT",
+    FRODKERNELS_HRA: "HRA, frodkernels",
+}
+COLOURS = {
+    LORA: "#7f7f7f",
+    PEFT_FROD: "#d95f02",
+    FRODKERNELS: "#1b6ca8",
+    PEFT_HRA: "#e6ab02",
+    FRODKERNELS_HRA: "#4b8b3b",
+}
 
 REPORT_WIDTH = 110
 
@@ -34,17 +46,22 @@ def summarise(settings: Settings, results: dict[str, dict[str, Any]], timing: di
         "timing": timing,
         "majority_share": next(iter(results.values()))["majority_share"],
         "runs": results,
-        "agreement": None,
+        "agreement": {},
     }
-    if PEFT_FROD in results and FRODKERNELS in results:
-        pairs = zip(results[PEFT_FROD]["losses"], results[FRODKERNELS]["losses"], strict=True)
-        difference = [abs(a - b) for a, b in pairs]
-        summary["agreement"] = {
-            "loss_difference": difference,
-            "max_loss_difference": max(difference),
-            "accuracy_difference": abs(results[PEFT_FROD]["accuracy"] - results[FRODKERNELS]["accuracy"]),
-        }
+    for adapter, (plain, ours) in PAIRS.items():
+        if plain in results and ours in results:
+            summary["agreement"][adapter] = _agreement(results[plain], results[ours])
     return summary
+
+
+def _agreement(plain: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+    """How far apart the same training went in PEFT and on frodkernels."""
+    difference = [abs(a - b) for a, b in zip(plain["losses"], ours["losses"], strict=True)]
+    return {
+        "loss_difference": difference,
+        "max_loss_difference": max(difference),
+        "accuracy_difference": abs(plain["accuracy"] - ours["accuracy"]),
+    }
 
 
 def _row(method: str, result: dict[str, Any], timing: dict[str, Any] | None) -> dict[str, Any]:
@@ -113,10 +130,9 @@ def print_table(summary: Summary, console: Console | None = None) -> None:
         table.add_row(NAMES[method], *(cell for cell in cells if cell is not None))
     console.print(table)
     console.print(f"always answering the most frequent class: {100 * summary['majority_share']:.1f} %", highlight=False)
-    agreement = summary["agreement"]
-    if agreement:
+    for adapter, agreement in summary["agreement"].items():
         console.print(
-            f"largest difference between the two FRoD loss curves: {agreement['max_loss_difference']:.2e}",
+            f"largest difference between the two {adapter} loss curves: {agreement['max_loss_difference']:.2e}",
             highlight=False,
         )
 
@@ -129,15 +145,18 @@ def plot(summary: Summary, path: Path) -> None:
     from matplotlib import pyplot
 
     agreement = summary["agreement"]
-    figure = pyplot.figure(figsize=(12, 5.2), layout="constrained")
+    figure = pyplot.figure(figsize=(14, 5.6), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[3, 1], width_ratios=[2, 1, 1])
     curves = figure.add_subplot(grid[0, 0] if agreement else grid[:, 0])
     _plot_losses(curves, summary)
     if agreement:
         below = figure.add_subplot(grid[1, 0], sharex=curves)
-        steps = range(1, len(agreement["loss_difference"]) + 1)
-        # A difference of exactly zero has no place on a log axis; 1e-9 lies below anything float32 can show.
-        below.semilogy(steps, [max(value, 1e-9) for value in agreement["loss_difference"]], color="black", lw=1)
+        for adapter, pair in agreement.items():
+            steps = range(1, len(pair["loss_difference"]) + 1)
+            # A difference of exactly zero has no place on a log axis; 1e-9 lies below anything float32 can show.
+            heights = [max(value, 1e-9) for value in pair["loss_difference"]]
+            below.semilogy(steps, heights, color=COLOURS[PAIRS[adapter][1]], lw=1, label=adapter)
+        below.legend(fontsize=7)
         below.set_ylabel("|PEFT − ours|")
         below.set_xlabel("training step")
         below.grid(alpha=0.3)
@@ -158,11 +177,9 @@ def plot(summary: Summary, path: Path) -> None:
 
 def _plot_losses(axes: Any, summary: Summary) -> None:
     # PEFT's curve is drawn broad and ours thin and dashed on top, so that both show where they coincide.
-    styles: dict[str, dict[str, Any]] = {
-        LORA: {"lw": 1.5},
-        PEFT_FROD: {"lw": 5, "alpha": 0.55},
-        FRODKERNELS: {"lw": 1.5, "ls": "--"},
-    }
+    styles: dict[str, dict[str, Any]] = {LORA: {"lw": 1.5}}
+    for plain, ours in PAIRS.values():
+        styles |= {plain: {"lw": 5, "alpha": 0.55}, ours: {"lw": 1.5, "ls": "--"}}
     for method, result in summary["runs"].items():
         steps = range(1, len(result["losses"]) + 1)
         axes.plot(steps, result["losses"], label=NAMES[method], color=COLOURS[method], **styles[method])
@@ -181,5 +198,6 @@ def _plot_bars(axes: Any, summary: Summary, keys: tuple[str, str], title: str, s
         times = f"\n{rows[method][ratio]:.2f}×" if rows[method][ratio] is not None else ""
         text = f"{rows[method][value]:{spec}}{times}"
         axes.annotate(text, (bar.get_x() + bar.get_width() / 2, bar.get_height()), ha="center", va="bottom")
+    axes.tick_params(axis="x", labelsize=7)
     axes.set_ylim(0, 1.18 * max(heights))
     axes.set_title(title, fontsize=10)

@@ -12,7 +12,11 @@ from typing import Any
 LORA = "lora"
 PEFT_FROD = "peft-frod"
 FRODKERNELS = "frodkernels"
-METHODS = (LORA, PEFT_FROD, FRODKERNELS)
+PEFT_HRA = "peft-hra"
+FRODKERNELS_HRA = "frodkernels-hra"
+METHODS = (LORA, PEFT_FROD, FRODKERNELS, PEFT_HRA, FRODKERNELS_HRA)
+# adapter -> (as PEFT runs it, on frodkernels): the same function, so that the two can be held against each other
+PAIRS = {"FRoD": (PEFT_FROD, FRODKERNELS), "HRA": (PEFT_HRA, FRODKERNELS_HRA)}
 
 
 class DemoError(Exception):
@@ -29,20 +33,23 @@ class Settings:
     methods: tuple[str, ...] = METHODS
     device: str = "cpu"
     dtype: str = "float32"
-    steps: int = 24
-    eval_texts: int = 160
+    steps: int = 16
+    eval_texts: int = 112
     held_out: bool = False
     batch_size: int = 16
     sequence_length: int = 128
     targets: str = "all-linear"
     sparse_rate: float = 0.01
     lora_rank: int = 8
+    hra_rank: int = 8
+    hra_penalty: float = 0.0
     head_lr: float = 2e-2
     lora_lr: float = 3e-3
     lambda_lr: float = 1e-2
     values_lr: float = 3e-3
+    hra_lr: float = 3e-2
     warmup_steps: int = 3
-    timing_rounds: int = 5
+    timing_rounds: int = 3
     threads: int = 0
     seed: int = 0
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from frodkernels import orthogonality_penalty
+
 from . import memory, models
 from .data import Corpus, batches, load_corpus
 from .models import Adapted
@@ -61,22 +63,29 @@ class Trainer:
     def __init__(self, adapted: Adapted, method: str, settings: Settings) -> None:
         self.model, self.settings = adapted.model, settings
         self.optimizer, self.schedule = models.make_optimizer(adapted.model, method, settings)
+        self.directions = models.directions(adapted.model) if settings.hra_penalty else []
         self.taken = 0
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """One training step: (loss, milliseconds)."""
+        """One training step: (the task's loss, milliseconds)."""
         # The same masks in the base model's dropout for every method, whatever ran before.
         torch.manual_seed(self.settings.seed + 1 + self.taken)
         self.model.train()
         start = synchronised(self.settings)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(**batch).loss
-        loss.backward()
+        self.penalised(loss).backward()
         self.optimizer.step()
         self.schedule.step()
         elapsed = synchronised(self.settings) - start
         self.taken += 1
         return loss.item(), 1e3 * elapsed
+
+    def penalised(self, loss: Tensor) -> Tensor:
+        """The loss with `--hra-penalty` times how far from orthogonal the reflections of every layer are."""
+        for u in self.directions:
+            loss = loss + self.settings.hra_penalty * orthogonality_penalty(u)
+        return loss
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[int, float]:
@@ -97,14 +106,14 @@ def train_method(method: str, settings: Settings) -> dict[str, Any]:
     adapted = models.adapt(base, method, settings)
     trainer = Trainer(adapted, method, settings)
     losses, step_ms = [], []
-    bar = tqdm(train, desc=f"{method:>12}: train", unit="step", dynamic_ncols=True)
+    bar = tqdm(train, desc=f"{method:>15}: train", unit="step", dynamic_ncols=True)
     for batch in bar:
         loss, elapsed = trainer.step(batch)
         losses.append(loss)
         step_ms.append(elapsed)
         bar.set_postfix(loss=f"{loss:.3f}")
     right, eval_ms = 0, []
-    for batch in tqdm(evaluation, desc=f"{method:>12}: evaluate", unit="batch", dynamic_ncols=True):
+    for batch in tqdm(evaluation, desc=f"{method:>15}: evaluate", unit="batch", dynamic_ncols=True):
         hits, elapsed = trainer.evaluate(batch)
         right += hits
         eval_ms.append(elapsed)
@@ -149,7 +158,9 @@ def time_methods(settings: Settings) -> dict[str, Any]:
 
     def rounds(what: str, todo: list[Batch], call: Callable[[Trainer, Batch], float]) -> dict[str, list[float]]:
         taken: dict[str, list[float]] = {method: [] for method in methods}
-        turns = tqdm(list(in_turn(len(todo), methods)), desc=f"     in turn: {what}", unit="call", dynamic_ncols=True)
+        turns = tqdm(
+            list(in_turn(len(todo), methods)), desc=f"        in turn: {what}", unit="call", dynamic_ncols=True
+        )
         for number, method in turns:
             taken[method].append(call(trainers[method], todo[number]))
         return taken

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from examples.finetuning import data
-from examples.finetuning.settings import DemoError
+from examples.finetuning.settings import PAIRS, DemoError
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "finetune.py"
 
@@ -33,7 +33,7 @@ def missing_packages() -> str | None:
 @pytest.mark.skipif(missing_packages() is not None, reason=str(missing_packages()))
 def test_a_tiny_run_end_to_end(tmp_path: Path) -> None:
     small = "--steps 2 --eval-texts 8 --batch-size 4 --sequence-length 16 --timing-rounds 1 --threads 1"
-    methods = "lora,frodkernels,peft-frod"
+    methods = "lora,frodkernels,peft-frod,peft-hra,frodkernels-hra"
     # query and value are 384 wide; the 1536-wide layers would spend the test's time on the joint decomposition.
     run = finetune(*small.split(), "--methods", methods, "--targets", "query,value", "--output", str(tmp_path))
     assert run.returncode == 0, run.stderr
@@ -50,9 +50,10 @@ def test_a_tiny_run_end_to_end(tmp_path: Path) -> None:
     # The same classifier and the same adapted weights at the start; only rounding afterwards.
     firsts = [summary["runs"][method]["losses"][0] for method in summary["rows"]]
     assert max(firsts) - min(firsts) < 1e-4
-    assert summary["agreement"]["max_loss_difference"] < 1e-4
-    frod = summary["rows"]["peft-frod"], summary["rows"]["frodkernels"]
-    assert frod[0]["trainable_parameters"] == frod[1]["trainable_parameters"]
+    assert set(summary["agreement"]) == set(PAIRS)
+    assert all(pair["max_loss_difference"] < 1e-4 for pair in summary["agreement"].values())
+    trainable = {method: row["trainable_parameters"] for method, row in summary["rows"].items()}
+    assert all(trainable[plain] == trainable[ours] for plain, ours in PAIRS.values())
 
 
 @pytest.mark.parametrize(
@@ -61,11 +62,12 @@ def test_a_tiny_run_end_to_end(tmp_path: Path) -> None:
         (["--methods", "lora,boft"], "unknown method 'boft'"),
         (["--steps", "0"], "argument --steps: must be at least 1"),
         (["--lambda-lr", "-1"], "argument --lambda-lr: must be a positive number"),
+        (["--hra-penalty", "-1"], "argument --hra-penalty: must be a number of at least 0"),
         (["--sparse-rate", "2"], "argument --sparse-rate: must be between 0 and 1"),
         (["--dtype", "int8"], "argument --dtype"),
         (["--model", "/no/such/model"], "--model /no/such/model: no config.json there"),
     ],
-    ids=["method", "steps", "rate", "density", "dtype", "model"],
+    ids=["method", "steps", "rate", "penalty", "density", "dtype", "model"],
 )
 def test_a_bad_flag_is_named(flags: list[str], message: str, tmp_path: Path) -> None:
     data_file = tmp_path / "texts.tab"

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from examples.finetuning import report
-from examples.finetuning.settings import FRODKERNELS, LORA, PEFT_FROD, Settings
+from examples.finetuning.settings import FRODKERNELS, FRODKERNELS_HRA, LORA, PEFT_FROD, PEFT_HRA, Settings
 from examples.finetuning.train import in_turn, median_ratio
 
 
@@ -47,10 +47,15 @@ def test_times_come_from_the_turns_where_there_were_any() -> None:
     assert (untimed["step_ms"], untimed["eval_s"], untimed["step_ratio"]) == (100.0, 0.1, None)
 
 
-def test_agreement_needs_both_frods() -> None:
-    assert report.summarise(SETTINGS, RESULTS, TIMING)["agreement"]["loss_difference"] == [0.0, 0.25]
+def test_agreement_needs_both_of_a_pair() -> None:
+    agreement = report.summarise(SETTINGS, RESULTS, TIMING)["agreement"]
+    assert set(agreement) == {"FRoD"} and agreement["FRoD"]["loss_difference"] == [0.0, 0.25]
+    hra = {PEFT_HRA: result([1.0, 0.5]), FRODKERNELS_HRA: result([1.0, 0.75], accuracy=0.5)}
+    both = report.summarise(SETTINGS, {**RESULTS, **hra}, None)["agreement"]
+    assert (both["HRA"]["max_loss_difference"], both["HRA"]["accuracy_difference"]) == (0.25, 0.25)
+    assert both["FRoD"] == agreement["FRoD"]
     alone = {method: RESULTS[method] for method in (LORA, FRODKERNELS)}
-    assert report.summarise(SETTINGS, alone, None)["agreement"] is None
+    assert report.summarise(SETTINGS, alone, None)["agreement"] == {}
 
 
 def test_table_json_and_plot(tmp_path: Path) -> None:
