@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import io
 import json
+import types
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from examples.finetuning import report
 from examples.finetuning.settings import FRODKERNELS, FRODKERNELS_HRA, LORA, PEFT_FROD, PEFT_HRA, Settings
-from examples.finetuning.train import in_turn, median_ratio
+from examples.finetuning.train import Trainer, in_turn, median_ratio
 
 
 def result(losses: list[float], **changes: Any) -> dict[str, Any]:
@@ -76,3 +78,10 @@ def test_every_method_goes_first_in_some_round() -> None:
     turns = list(in_turn(3, ("a", "b", "c")))
     assert [method for _, method in turns] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
     assert median_ratio([2.0, 3.0, 100.0], [1.0, 1.0, 10.0]) == 3.0
+
+
+def test_the_penalty_is_weighted_and_summed_over_the_layers() -> None:
+    apart, twice = torch.eye(3)[:, :2], torch.ones(3, 2)  # orthogonal; one direction twice: the norm is sqrt(2)
+    trainer = types.SimpleNamespace(directions=[apart, twice, twice], settings=types.SimpleNamespace(hra_penalty=0.5))
+    penalised = Trainer.penalised(trainer, torch.tensor(1.0))  # type: ignore[arg-type]
+    assert torch.isclose(penalised, torch.tensor(1 + 2**0.5))
