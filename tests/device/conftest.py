@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import frodkernels as fk
-from tests.device.places import kinds, make_place
+from tests.device.places import OPS, kinds, make_place
 from tests.device.ways import WAYS, force
 from tests.support import names
 
@@ -44,8 +44,8 @@ def place(request):
 
 @pytest.fixture
 def backend(request, place):
-    """The backend that is forced in the test; skipped where it does not serve the place."""
-    reason = place.has(request.param)
+    """The backend that is forced in the test; skipped where it does not serve the module's ``OPS`` in the place."""
+    reason = place.has(request.param, getattr(request.module, "OPS", OPS))
     if reason is not None:
         pytest.skip(reason)
     with fk.backend(request.param):

@@ -24,6 +24,7 @@ from tests.support import Case
 VARIABLE = "FRODKERNELS_TEST_DEVICE"  # "cuda": the CPU half is left out and a missing device is a failure
 WANTED = os.environ.get(VARIABLE, "")
 OPS = ("sparse_core", "sparse_core_backward")
+HOUSEHOLDER_OPS = ("householder", "householder_backward", "householder_gradient")
 
 
 class _NewMemory(TorchDispatchMode):
