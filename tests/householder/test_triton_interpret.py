@@ -99,6 +99,17 @@ def test_several_blocks_in_16_bits(monkeypatch):
     check(make_operands(65, 70, 4, None, F16, F32))
 
 
+def test_the_products_of_bfloat16_features(monkeypatch):
+    """bfloat16 numbers in float32, multiplied as bfloat16 features are: uncut, and the update in two parts."""
+    monkeypatch.setattr(kernels, "feature_parts", lambda dtype: 1)
+    monkeypatch.setattr(kernels, "update_parts", lambda dtype: 2)
+    narrow = make_operands(20, 40, 6, 35, torch.bfloat16, F32)
+    wide = make_operands(20, 40, 6, 35, torch.bfloat16, F32)
+    wide.x, wide.g, wide.base_out, wide.base_in = (t.float() for t in (wide.x, wide.g, wide.base_out, wide.base_in))
+    for got, right, same in zip(outputs(wide), exact(narrow), plain(narrow), strict=True):
+        assert_no_worse_than_torch(got.to(same.dtype), right, same)
+
+
 EMPTY = [(0, 9, 4, 7), (0, 9, 4, None), (5, 0, 4, None), (5, 0, 4, 3), (5, 3, 4, 0), (5, 9, 0, 7), (5, 9, 0, None)]
 
 
