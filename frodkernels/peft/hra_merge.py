@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging without loss: a layer's own weight is kept while reflections are merged into it, and put back bit for bit.
 
-PEFT multiplies the merged weight by the inverse instead, which changes 23 % of the weights of a bfloat16 model.
+PEFT multiplies the merged weight by the inverse instead, which changes a fifth of the weights of a bfloat16 model.
 """
 
 from __future__ import annotations
