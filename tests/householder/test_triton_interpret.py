@@ -187,6 +187,19 @@ def test_cutting_loses_nothing(dtype):
     assert torch.equal(kernels.householder_gradient(x, left), left)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, F16, F32], ids=str)
+def test_as_many_parts_as_a_number_has(dtype):
+    if dtype == F32:
+        numbers = torch.randn(10000) * torch.logspace(-30, 30, 10000)
+    else:
+        numbers = torch.arange(2**16).to(torch.uint16).view(dtype).float()
+    rest = numbers[numbers.isfinite()]
+    for _ in range(kernels.feature_parts(dtype)):
+        assert rest.any()
+        rest = rest - rest.bfloat16().float()
+    assert not rest.any()
+
+
 def test_bad_arguments_are_named():
     case = make_operands(5, 6, 3, 4, F32)
     x, left, right, base = case.forward
