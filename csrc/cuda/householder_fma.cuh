@@ -159,6 +159,7 @@ __global__ void __launch_bounds__(kThreads) householder_fma_kernel(const FmaArgs
     begin(step);
     const char* const chunk = ring + a.steps.slot(step) * kFmaSlot;
     const acc* const left = a.left + int64_t(step) * kFeatures * ranks + group * kGroupRanks + four;
+    acc part[8][4] = {};  // of the chunk: short chains of sums round less
     for (int v = slice; v < kFmaVectors; v += slices) {
       acc factor[kV][4];
 #pragma unroll
@@ -170,9 +171,14 @@ __global__ void __launch_bounds__(kThreads) householder_fma_kernel(const FmaArgs
 #pragma unroll
         for (int k = 0; k < kV; ++k) {
 #pragma unroll
-          for (int c = 0; c < 4; ++c) sums[i][c] += x[k] * factor[k][c];
+          for (int c = 0; c < 4; ++c) part[i][c] += x[k] * factor[k][c];
         }
       }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) sums[i][c] += part[i][c];
     }
   }
 #pragma unroll

@@ -40,28 +40,59 @@ struct MapPlan {
   Steps steps{};
 };
 
-// More tokens a block read the factors less often from L2; fewer spread over more multiprocessors. What a round of
-// blocks, one a multiprocessor, takes is taken to go with the bytes of a block.
+// Of the device's kind, roughly: bytes of L2, and how much faster L2 is than the memory behind it.
+struct Memory {
+  double cache, ratio;
+};
+
+Memory memory_of(int capability) {
+  constexpr double kMiB = 1048576;
+  switch (capability) {
+    case 80:
+      return {40 * kMiB, 2.5};
+    case 90:
+      return {50 * kMiB, 2};
+    case 100:
+      return {126 * kMiB, 1};
+    case 86:
+      return {6 * kMiB, 3};
+    default:
+      return {72 * kMiB, 6};
+  }
+}
+
+// More tokens a block read the factors less often from L2; fewer spread over more multiprocessors, and find more of the
+// rows that they read again still in L2. The slower of the two memories decides; all in bytes of L2 that one
+// multiprocessor reads.
 MapPlan plan_map(const Householder& a) {
   const gpu::Device device = gpu::device();
+  const Memory memory = memory_of(device.capability);
   const int units = rank_units(a.r);
   const int64_t m = a.right == nullptr ? 0 : a.m;
   const double factors = double(units) * (double(a.n) * double(unit_bytes(a.type)) + double(m) * kRightUnitBytes) / 16;
   constexpr double kStart = 131072;  // bytes in the time that a block takes to begin and to end
+  const double sms = std::max(device.sms, 1);
   MapPlan best;
   double best_cost = 1e300;
   for (int tiles = 1; tiles <= kMostTiles; ++tiles) {
-    const int64_t tokens = 16 * tiles, slot = tokens * kMmaPitch;
+    const int64_t tokens = 16 * tiles, slot = tokens * kMmaPitch, blocks = ceil_div(a.T, tokens);
     const int64_t fixed = 2 * tokens * coefficient_pitch(units) + kMmaExchange;
     MapPlan plan;
     plan.tiles = tiles;
     plan.steps = plan_steps(a, kMmaFeatures, slot, device.shared_per_block - fixed);
     if (plan.steps.slots < 2) break;
     plan.shared = fixed + plan.steps.slots * slot;
-    const double kept = plan.steps.same ? double(std::min(plan.steps.slots, plan.steps.first)) * kMmaFeatures : 0;
-    const double rows = 2.0 * double(tokens) * std::max(double(a.n + m) - kept, double(a.n));
-    const double rounds = double(ceil_div(ceil_div(a.T, tokens), std::max(device.sms, 1)));
-    const double cost = rounds * (rows + factors + kStart);
+    const double rounds = std::ceil(double(blocks) / sms);
+    // Of each block: rows that are read a second time, and those of them that no cache holds by then. Walking back, a
+    // round of blocks finds what is among the last half of a cache that it has read; it writes as much.
+    const double again =
+        !plan.steps.same ? 0 : 2.0 * double(tokens * std::max(plan.steps.first - plan.steps.slots, 0)) * kMmaFeatures;
+    const double missed = std::max(again - memory.cache / 2 / std::min(double(blocks), sms), 0.0);
+    const double rows = 2.0 * double(tokens * (plan.steps.same ? a.n : a.n + m));
+    const double written = 2.0 * double(tokens * m);
+    const double of_cache = rounds * (rows + again + factors + kStart);
+    const double of_memory = double(blocks) / sms * (rows + missed + written) * memory.ratio;
+    const double cost = std::max(of_cache, of_memory);
     if (cost < best_cost) {
       best = plan;
       best_cost = cost;
