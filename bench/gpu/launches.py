@@ -68,10 +68,47 @@ def _sparse_core(device: torch.device, few: bool) -> Iterator[Callable[[], objec
                 yield functools.partial(core, z.t().contiguous().t(), None, values, *pattern.csr, major)
 
 
+# tokens, features in, features out (None: as many, and no base), rank: odd and even rows, small and large blocks
+REFLECTIONS = [
+    (1, 19, None, 3), (7, 136, 40, 8), (33, 130, None, 33), (130, 520, 264, 16), (700, 1032, None, 128),
+    (10003, 136, None, 8),
+]  # fmt: skip
+
+
+def _householder(device: torch.device, few: bool) -> Iterator[Callable[[], object]]:
+    """The three ops: every dtype, rows on 16 bytes and off, with and without base, every choice of results."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("householder", "householder_backward", "householder_gradient")
+    forward, backward, gradient = (_ops.native(name) for name in names)
+    for T, n, m, r in REFLECTIONS[:3] if few else REFLECTIONS:
+        width = n if m is None else m
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        factors = draw(n, r), draw(width, r), draw(T, r)
+        tokens = draw(T, n), draw(T, width)
+        for dtype, sums in itertools.product(DTYPES, (torch.float32, torch.float64)):
+            if dtype == torch.float64 and sums != dtype:
+                continue
+            short, wide, coefficients = (t.to(device, sums) for t in factors)
+            x, g = (t.to(device, dtype) for t in tokens)
+            base, dx_base = (None, None) if m is None else (g, x)
+            yield functools.partial(forward, x, short, wide, base)
+            yield functools.partial(forward, x, short, None, None)
+            yield functools.partial(forward, x.t().contiguous().t(), short, wide, base)
+            yield functools.partial(gradient, x, coefficients)
+            for needs in ([True, True], [True, False], [False, True]):
+                yield functools.partial(backward, g, x, coefficients, wide, short, dx_base, needs)
+
+
 # operator -> the calls that launch its kernels
 CALLS: dict[str, Callable[[torch.device, bool], Iterator[Callable[[], object]]]] = {
     "native_sparse_core": _sparse_core,
     "native_sparse_core_backward": _sparse_core,
+    "native_householder": _householder,
+    "native_householder_backward": _householder,
+    "native_householder_gradient": _householder,
 }
 
 

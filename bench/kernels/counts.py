@@ -77,6 +77,11 @@ class Counts:
     sites: tuple[Site, ...]
 
     @property
+    def function(self) -> str:
+        """The name in the source."""
+        return self.kernel.split("<")[0]
+
+    @property
     def scale(self) -> float:
         """From the blocks that ran to the grid."""
         return self.grid / self.blocks
@@ -161,6 +166,32 @@ class Case:
     dtype: str = "bfloat16"
     tiles: bool = True  # hand over the tensor-core plan where the device takes one
 
+    @property
+    def rank(self) -> None:
+        """It has none."""
+
+
+@dataclass(frozen=True)
+class Reflections:
+    """One call of the Householder ops, all features alike: ``op`` is householder or householder_backward (all of it).
+
+    Tokens without a row on 16 bytes (``aligned``) are not for the tensor cores.
+    """
+
+    op: str
+    n: int
+    rank: int
+    T: int
+    dtype: str = "bfloat16"
+    aligned: bool = True
+
+    @property
+    def nnz(self) -> None:
+        """It has none."""
+
+
+AnyCase = Case | Reflections
+
 
 @functools.lru_cache(maxsize=8)
 def features(n: int, T: int, dtype: str) -> torch.Tensor:
@@ -176,8 +207,29 @@ def plan(case: Case, target: Target) -> list[torch.Tensor]:
     return list(uniform(case.n, case.nnz).tiles(case.op != "forward", block)) if case.tiles and block else []
 
 
-def run(case: Case, target: Target, sample: dict[str, int] | None = None) -> dict[str, Counts]:
+def run_reflections(case: Reflections, target: Target, sample: dict[str, int] | None = None) -> dict[str, Counts]:
+    """The counts of one call, factors in float32 (float64 tokens: in float64)."""
+    kind = torch.float64 if case.dtype == "float64" else torch.float32
+    generator = torch.Generator().manual_seed(2)
+    x = features(case.T, case.n + 1, case.dtype)[:, not case.aligned :][:, : case.n]
+    if case.aligned:
+        x = x.contiguous()
+    left, right = (torch.randn(case.n, case.rank, generator=generator).to(kind) for _ in range(2))
+    coefficients = torch.zeros(case.T, case.rank, dtype=kind)
+    ops = torch.ops.simt_check
+    calls = {
+        "householder": lambda: ops.native_householder(x, left, right, None),
+        "householder_backward": lambda: ops.native_householder_backward(
+            x, x, coefficients, left, right, None, [True, True]
+        ),
+    }
+    return collect(calls[case.op], target, sample)
+
+
+def run(case: AnyCase, target: Target, sample: dict[str, int] | None = None) -> dict[str, Counts]:
     """The counts of one call, parameters in float32 (float64 features: in float64)."""
+    if isinstance(case, Reflections):
+        return run_reflections(case, target, sample)
     pattern = uniform(case.n, case.nnz)
     z = features(case.n, case.T, case.dtype)
     kind = torch.float64 if case.dtype == "float64" else torch.float32

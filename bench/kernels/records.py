@@ -8,14 +8,14 @@ from typing import Any
 
 from bench.kernels import counts, static, triton_aot
 from bench.kernels.architectures import occupancy
-from bench.kernels.counts import Case, Counts
-from bench.roofline import model
+from bench.kernels.counts import AnyCase, Case, Counts, Reflections
+from bench.roofline import householder, model
 from bench.roofline.devices import DEVICES, Device
 
 Record = dict[str, Any]
 
 # Standard calls: between them every kernel of csrc/cuda is launched, in its instance for the call's dtype.
-STANDARD = (
+STANDARD: tuple[AnyCase, ...] = (
     Case("forward", 4096, 167772, 128, "bfloat16"),
     Case("gradient", 4096, 167772, 128, "bfloat16"),
     Case("forward", 1024, 10485, 128, "float16"),
@@ -26,6 +26,10 @@ STANDARD = (
     Case("gradient", 1024, 10485, 32, "float32"),
     Case("forward", 1024, 10485, 256, "bfloat16", tiles=False),
     Case("gradient", 1024, 10485, 256, "bfloat16", tiles=False),
+    Reflections("householder", 4096, 32, 512, "bfloat16"),
+    Reflections("householder_backward", 4096, 32, 512, "bfloat16"),
+    Reflections("householder_backward", 1024, 8, 256, "float16"),
+    Reflections("householder_backward", 1024, 32, 256, "float32"),
 )
 NOT_RUN = "no standard call launches this instance"
 TRITON = "the executor runs CUDA C++ only: no counts of Triton kernels"
@@ -72,7 +76,7 @@ def _static(kernel: static.Kernel, language: str, threads: int, dynamic: int) ->
     }
 
 
-def _counted(c: Counts, case: Case) -> Record:
+def _counted(c: Counts, case: AnyCase) -> Record:
     return {
         "launches": c.launches,
         "grid": c.grid,
@@ -86,7 +90,7 @@ def _counted(c: Counts, case: Case) -> Record:
         "store_bytes": 32 * c.stores,
         "mma": c.mma,
         "barriers": c.barriers,
-        "op": case.op, "n": case.n, "nnz": case.nnz, "T": case.T, "dtype": case.dtype,
+        "op": case.op, "n": case.n, "nnz": case.nnz, "rank": case.rank, "T": case.T, "dtype": case.dtype,
     }  # fmt: skip
 
 
@@ -97,9 +101,11 @@ UNCOUNTED: Record = {
 }
 
 
-def instance_of(function: str, case: Case, kernels: Sequence[static.Kernel]) -> static.Kernel | None:
-    """The instance of ``function`` that ``case`` launches, of one architecture's kernels. Of several the widest."""
-    mine = [k for k in kernels if k.function == function]
+def instance_of(c: Counts, case: AnyCase, kernels: Sequence[static.Kernel]) -> static.Kernel | None:
+    """The instance that ``case`` launched, of one architecture's kernels. Of several the widest."""
+    mine = [k for k in kernels if k.function == c.function]
+    if c.function == "householder_mma_kernel":
+        mine = [k for k in mine if householder.tiles_of(k) == householder.tiles(c, case.T)]
     sums = "float64" if case.dtype == "float64" else "float32"
     for scalar in (case.dtype, sums, ""):
         found = [k for k in mine if k.scalar == scalar]
@@ -108,7 +114,7 @@ def instance_of(function: str, case: Case, kernels: Sequence[static.Kernel]) -> 
     return None
 
 
-def cuda(device: Device, cases: Sequence[Case] = STANDARD) -> Iterator[Record]:
+def cuda(device: Device, cases: Sequence[AnyCase] = STANDARD) -> Iterator[Record]:
     """The library's kernels, with the counts and modelled times of ``cases`` on ``device``."""
     kernels = [k for k in static.library() if k.arch == device.arch]
     if not kernels:
@@ -117,7 +123,7 @@ def cuda(device: Device, cases: Sequence[Case] = STANDARD) -> Iterator[Record]:
     for case in cases:
         modelled = {t.work.kernel: t for t in model.times(case, device)} if device.clock else {}
         for name, c in counts.run(case, device.target).items():
-            kernel = instance_of(name.split("<")[0], case, kernels)
+            kernel = instance_of(c, case, kernels)
             if kernel is None:
                 raise LookupError(f"{name} was launched, but the library for sm_{device.arch} has no such kernel")
             seen.add(kernel.name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modelled times of the sparse core, none measured: ``python -m bench.roofline [--json | --summary | --dispatch]``."""
+"""Modelled times, none measured: ``python -m bench.roofline [--json | --summary | --dispatch] [--householder]``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from bench.roofline import cases, dispatch
+from bench.roofline import cases, dispatch, reflections
 from bench.roofline.devices import BY_NAME, DEVICES, Device
 
 
@@ -21,6 +21,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--json", action="store_true", help="records instead of tables")
     what.add_argument("--summary", action="store_true", help="one table: a row for each shape and op")
     what.add_argument("--dispatch", action="store_true", help="where the dense product and the plain kernels win")
+    parser.add_argument("--householder", action="store_true", help="chained reflections instead: a table, or --json")
     parser.add_argument("--device", default="", help=f"comma-separated, of {', '.join(BY_NAME)} (default: all)")
     parser.add_argument("--reach", action="store_true", help="only the two shapes with a goal")
     parser.add_argument("--op", default="", help=f"comma-separated, of {', '.join(cases.OPS)} (default: all)")
@@ -83,11 +84,19 @@ def print_dispatch(devices: Sequence[Device]) -> None:
         print(f"| {device.name} |" + "".join(f" {T} |" for T in found), flush=True)
 
 
+def print_householder(devices: Sequence[Device]) -> None:
+    print("Modelled us (x the least HBM traffic; plain torch with float32 sums, all in 16 bits), bfloat16 tokens\n")
+    print(reflections.table(list(reflections.records(devices))))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.json:
-        found = list(cases.records(options.shapes, options.devices, options.ops))
+        made = cases.records(options.shapes, options.devices, options.ops)
+        found = list(reflections.records(options.devices) if options.householder else made)
         print("[\n" + ",\n".join(json.dumps(r) for r in found) + "\n]")
+    elif options.householder:
+        print_householder(options.devices)
     elif options.summary:
         print_summary(options)
     elif options.dispatch:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Devices of the model: rates, and where each number comes from.
 
-Datasheet: SMs, boost clock, peak of HBM and of the tensor cores (dense, fp32 accumulation). Assumed, since no device
-was at hand: what share of them kernels reach, and the bandwidth between L2 and the SMs. Shared memory moves 128 bytes a
-clock in every SM on all of them.
+Datasheet: SMs, boost clock, size of L2, peak of HBM and of the tensor cores (dense, fp32 accumulation). Assumed, since
+no device was at hand: what share of them kernels reach, and the bandwidth between L2 and the SMs. Shared memory moves
+128 bytes a clock in every SM on all of them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Device:
     gemm_share: float  # of it, that a large GEMM of the vendor's library reaches
     mma_flops: float  # FLOP per clock and SM of mma.sync
     fma_lanes: int  # fp32 multiply-adds per clock and SM
+    cache: float = 0.0  # bytes of L2
 
     @property
     def target(self) -> Target:
@@ -48,16 +49,18 @@ class Device:
         return 128 * self.sms * self.clock
 
 
+MIB = 2.0**20
+
 DEVICES = (
     # A100: mma.sync runs at the datasheet's peak.
-    Device("A100", 80, 108, 1.410e9, 2.039e12, 0.834, 4.5e12, 312e12, 0.775, 2048, 64),
+    Device("A100", 80, 108, 1.410e9, 2.039e12, 0.834, 4.5e12, 312e12, 0.775, 2048, 64, 40 * MIB),
     # H100 SXM: the peak is wgmma's; mma.sync reaches about 62 % of it. 1.755 GHz under load, not the 1.98 GHz maximum.
-    Device("H100", 90, 132, 1.755e9, 3.35e12, 0.89, 5.7e12, 989.4e12, 0.69, 0.62 * 4096, 128),
+    Device("H100", 90, 132, 1.755e9, 3.35e12, 0.89, 5.7e12, 989.4e12, 0.69, 0.62 * 4096, 128, 50 * MIB),
     # Ada: L2 assumed at 16 bytes a clock and SM. GeForce halves tensor cores with fp32 accumulation.
-    Device("L40S", 89, 142, 2.520e9, 0.864e12, 0.89, 5.7e12, 362e12, 0.75, 1024, 128),
-    Device("RTX 4090", 89, 128, 2.520e9, 1.008e12, 0.89, 5.1e12, 165.2e12, 0.90, 512, 128),
+    Device("L40S", 89, 142, 2.520e9, 0.864e12, 0.89, 5.7e12, 362e12, 0.75, 1024, 128, 96 * MIB),
+    Device("RTX 4090", 89, 128, 2.520e9, 1.008e12, 0.89, 5.1e12, 165.2e12, 0.90, 512, 128, 72 * MIB),
     # B200: the peak is tcgen05's; mma.sync assumed at Ampere's rate a clock, L2 at Hopper's.
-    Device("B200", 100, 148, 1.850e9, 8.0e12, 0.875, 6.7e12, 2250e12, 0.70, 2048, 128),
+    Device("B200", 100, 148, 1.850e9, 8.0e12, 0.875, 6.7e12, 2250e12, 0.70, 2048, 128, 126 * MIB),
 )
 BY_NAME = {device.name: device for device in DEVICES}
 

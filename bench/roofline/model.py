@@ -18,7 +18,8 @@ from pathlib import Path
 
 from bench.kernels import architectures, counts, patterns, static
 from bench.kernels.architectures import occupancy
-from bench.kernels.counts import FIRST, Case, Counts
+from bench.kernels.counts import FIRST, AnyCase, Case, Counts, Reflections
+from bench.roofline import householder
 from bench.roofline.devices import ALU_LANES, LATENCY, LAUNCH_GAP, MMA_FLOP, SCHEDULERS, SECTOR, Device
 
 ROOT = static.ROOT
@@ -79,9 +80,13 @@ def time(work: Work, device: Device) -> Time:
 
 
 @cache
-def compiled(function: str, arch: int, scalar: str) -> static.Kernel:
-    """The library's kernel of this name; of several instances the one with most registers."""
+def compiled(function: str, arch: int, scalar: str, tiles: int = 0) -> static.Kernel:
+    """The library's kernel of this name; of several instances the one with most registers.
+
+    ``tiles`` chooses among those of ``householder_mma_kernel``.
+    """
     found = [k for k in static.library() if k.function == function and k.arch == arch]
+    found = [k for k in found if not tiles or householder.tiles_of(k) == tiles]
     found = [k for k in found if k.scalar == scalar] or [k for k in found if not k.scalar] or found
     if not found:
         raise LookupError(f"the library has no {function} for sm_{arch}")
@@ -92,7 +97,7 @@ def compiled(function: str, arch: int, scalar: str) -> static.Kernel:
 def _sources() -> str:
     """A hash of all that works depend on besides case and device."""
     csrc = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cuh", ".cu", ".cpp", ".h")]
-    python = [Path(module.__file__) for module in (counts, patterns, static, architectures)]
+    python = [Path(module.__file__) for module in (counts, patterns, static, architectures, householder)]
     texts = [p.read_bytes() for p in [*csrc, *python, Path(__file__), static.LIBRARY]]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
@@ -103,8 +108,10 @@ def _kept(key: str) -> Path:
 
 # Kernels whose blocks do equal shares: only the first runs, one of those with the longest share. Of those with many
 # small blocks, some. Others run in full, since what they write steers the rest.
-EQUAL = ("product_mma_kernel", "gradient_mma_kernel", "product_tiles_kernel", "gradient_tiles_kernel")
-SMALL = ("product_rows_kernel", "gradient_rows_kernel", "reduce_sources_kernel")
+EQUAL = (
+    "product_mma_kernel", "gradient_mma_kernel", "product_tiles_kernel", "gradient_tiles_kernel", *householder.EQUAL
+)  # fmt: skip
+SMALL = ("product_rows_kernel", "gradient_rows_kernel", "reduce_sources_kernel", *householder.SMALL)
 SAMPLE = {**dict.fromkeys(EQUAL, FIRST), **dict.fromkeys(SMALL, 61)}
 
 
@@ -117,9 +124,11 @@ class Share:
     rounds: int
 
 
-def _share(function: str, c: Counts, case: Case, device: Device, resident: int) -> Share:
+def _share(function: str, c: Counts, case: AnyCase, device: Device, resident: int) -> Share:
     blocks, longest, mean = c.grid, 1.0, 1.0
-    if function == "gradient_mma_kernel":
+    if isinstance(case, Reflections):
+        longest, mean = householder.shares(c, case)
+    elif function == "gradient_mma_kernel":
         blocks, splits = _gradient_blocks(c, case, device)
         tiles = -(-case.T // TOKENS)
         longest, mean = -(-tiles // splits) / (tiles // splits), tiles / splits / (tiles // splits)
@@ -147,15 +156,18 @@ def _gradient_blocks(c: Counts, case: Case, device: Device) -> tuple[int, int]:
     return splits * sum(-(-int(n) // each) for n in job_ptr.diff()), splits
 
 
-def work(c: Counts, case: Case, device: Device) -> Work:
-    function = c.kernel.split("<")[0]
-    kernel = compiled(function, device.arch, case.dtype)
+def work(c: Counts, case: AnyCase, device: Device) -> Work:
+    function = c.function
+    tiles = householder.tiles(c, case.T) if function == "householder_mma_kernel" else 0
+    kernel = compiled(function, device.arch, case.dtype, tiles)
     resident = occupancy(device.arch, kernel.registers, kernel.shared + c.shared_bytes, c.threads)
     share = _share(function, c, case, device, resident.blocks)
     features = case.n * case.T * ITEMSIZE[case.dtype]
     # Each byte once: what a kernel reads again is in L2 by then (docs/kernels.md).
-    if function.startswith("product"):
-        hbm = 2 * features + 8 * case.nnz
+    if isinstance(case, Reflections) and function in householder.EQUAL:
+        hbm = householder.hbm_bytes(c, case, device, resident.blocks, c.stores * share.total * SECTOR)
+    elif function.startswith("product"):
+        hbm = 2 * features + 8 * (case.nnz or 0)
     elif function.startswith("gradient"):
         hbm = 2 * features + c.stores * share.total * SECTOR
     else:
@@ -173,11 +185,11 @@ def work(c: Counts, case: Case, device: Device) -> Work:
     )  # fmt: skip
 
 
-def _works(case: Case, device: Device) -> list[Work]:
+def _works(case: AnyCase, device: Device) -> list[Work]:
     return [work(c, case, device) for c in counts.run(case, device.target, SAMPLE).values()]
 
 
-def works(case: Case, device: Device) -> list[Work]:
+def works(case: AnyCase, device: Device) -> list[Work]:
     """What each kernel of the call asks for, counted once and kept in build/roofline."""
     path = _kept(json.dumps([repr(case), repr(device.target)]))
     if path.exists():
@@ -190,7 +202,7 @@ def works(case: Case, device: Device) -> list[Work]:
     return made
 
 
-def times(case: Case, device: Device) -> list[Time]:
+def times(case: AnyCase, device: Device) -> list[Time]:
     return [time(w, device) for w in works(case, device)]
 
 

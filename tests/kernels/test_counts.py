@@ -25,6 +25,8 @@ EXCEPTIONS = {
     "pack_entries_kernel": (4.0, "gathers 4-byte values in the order of the view"),
     "reduce_sources_kernel": (4.0, "scatters 4-byte gradients to their places in COO order"),
     "gradient_tiles_kernel": (1.25, "lists of a row's entries, and their sums, start anywhere in a sector"),
+    "householder_pack_kernel": (2.0, "reads factors as tensor cores want them: 8 ranks of a feature are a sector"),
+    "householder_pad_kernel": (4.0, "turns the right factor round: 4-byte loads down its columns"),
     "product_rows_kernel": (1.25, "gathers values in COO order once a row; few tokens amortise it little"),
 }
 
