@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from frodkernels.functional._common import autocast_dtype
-from frodkernels.functional._reflections import Reflections
 from frodkernels.functional.householder import householder
 from frodkernels.functional.hra import hra_linear
 from frodkernels.nn.hra import corrected, plain_linear, watched, zero_columns
@@ -127,15 +126,13 @@ class FastHRA(_Layer):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         made_from = self._merged_from
-        if made_from is None:
-            return super()._apply(fn, recurse)
-        ours = made_from.made(self.get_base_layer().weight)
+        ours = made_from is not None and made_from.made(self.get_base_layer().weight)
         super()._apply(fn, recurse)
-        moved = made_from.moved(fn, self.get_base_layer().weight) if ours else None
-        if moved is None:
+        if made_from is not None and ours:
             self.__dict__.pop("_merged_from", None)
-        else:
-            self._merged_from = moved
+            moved = made_from.moved(fn, self.get_base_layer().weight)
+            if moved is not None:
+                self._merged_from = moved
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -203,7 +200,9 @@ class FastHRAConv2d(FastHRA, PeftHRAConv2d):
 def gram_schmidt(u: Tensor) -> Tensor:
     """An orthonormal basis of u's columns, in the accumulator's dtype; NaN where a column is zero."""
     exact = u.to(wide(u))
-    return Reflections.of(exact, exact, True).unit.to(accumulator(u, u))
+    norms = torch.linalg.vector_norm(exact, dim=0)
+    basis = torch.linalg.qr(exact / norms).Q  # its signs do not matter to reflections
+    return (basis + (norms - norms) / norms).to(accumulator(u, u))
 
 
 def plain_base(base: nn.Module) -> bool:

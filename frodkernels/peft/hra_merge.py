@@ -41,11 +41,11 @@ class MergedFrom(NamedTuple):
         return bits_of(merged) == self.bits
 
     def moved(self, move: Callable[[Tensor], Tensor], merged: Tensor) -> MergedFrom | None:
-        """After the layer was moved or cast, as the layer's weight would have been if nothing were merged."""
+        """After the layer was moved or cast: the weight as it would be if nothing were merged. None on meta."""
         if merged.is_meta:
             return None
         with torch.no_grad():
-            return self._replace(weight=move(self.weight), directions=self.directions, bits=bits_of(merged))
+            return self._replace(weight=move(self.weight), bits=bits_of(merged))
 
 
 def bits_of(weight: Tensor) -> tuple[int, int]:
