@@ -11,7 +11,7 @@ from peft import HRAConfig, PeftModel, get_peft_model
 from peft.tuners.hra.layer import HRALayer
 from torch import Tensor, nn
 
-from tests.peft.models import Tiny
+from tests.peft.models import Tiny, close
 
 
 class Images(nn.Module):
@@ -92,3 +92,15 @@ def step(model: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor | None, dict[s
     out = getattr(out, "logits", out)
     out.square().sum().backward()
     return out.detach(), args[0].grad, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(ours, plain, *args, tol=1e-5):
+    got, want = step(ours, *args), step(plain, *args)
+    close(got[0], want[0], tol)
+    if want[1] is not None:
+        close(got[1], want[1], tol)
+    assert got[2].keys() == want[2].keys()
+    for name, grad in want[2].items():
+        assert got[2][name].dtype == grad.dtype
+        # u's gradient is what is left of larger terms
+        torch.testing.assert_close(got[2][name], grad, rtol=1e-4, atol=tol * float(grad.abs().max()) + 1e-5)
