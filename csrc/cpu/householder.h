@@ -74,6 +74,10 @@ constexpr int64_t partial_stride(int64_t n) { return (n + kUnit - 1) / kUnit * k
 
 const HouseholderKernels& householder_kernels(Isa isa);
 
+// The kernels for bf16 tokens whose factors and coefficients may be rounded to bf16 where they enter a product; null
+// where this CPU multiplies bf16 numbers no faster. Factors are packed from, and sums are, float32.
+const HouseholderKernels* householder_bf16_kernels(Isa isa);
+
 namespace portable {
 extern const HouseholderKernels kHouseholderKernels;
 }
@@ -81,6 +85,9 @@ namespace avx2 {
 extern const HouseholderKernels kHouseholderKernels;
 }
 namespace avx512 {
+extern const HouseholderKernels kHouseholderKernels;
+}
+namespace avx512bf16 {
 extern const HouseholderKernels kHouseholderKernels;
 }
 

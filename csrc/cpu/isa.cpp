@@ -82,6 +82,14 @@ const HouseholderKernels& householder_kernels(Isa isa) {
   return *levels[int(isa)];
 }
 
+const HouseholderKernels* householder_bf16_kernels(Isa isa) {
+#if defined(FRODKERNELS_HAVE_AVX512BF16)
+  if (isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::kHouseholderKernels;
+#endif
+  (void)isa;
+  return nullptr;
+}
+
 int64_t l2_bytes() {
 #if defined(__linux__) && defined(_SC_LEVEL2_CACHE_SIZE)
   static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);

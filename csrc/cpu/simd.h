@@ -88,18 +88,46 @@ inline V sum_each(V (&rows)[kCount]) {
   return rows[0];
 }
 
-// Transpose a kLanes x kLanes block of 32-bit words held in registers.
+// Transpose a kLanes x kLanes block of 32-bit words held in registers: first every 4 x 4 block, by shuffles within
+// 16 bytes (of words, then of pairs of them), then of whole blocks.
 inline void transpose_words(vu (&r)[kLanes]) {
-#pragma GCC unroll 8
-  for (int s = 1; s < kLanes; s *= 2) {
-    const vi low = lanes<vi>([s](int l) { return l & s ? kLanes + (l ^ s) : l; });
-    const vi high = lanes<vi>([s](int l) { return l & s ? kLanes + l : (l ^ s); });
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & s) continue;
-      const vu a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + s] = __builtin_shuffle(a, b, high);
+  constexpr int kBlocks = kLanes / 4;
+  const vi word_low = lanes<vi>([](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * kLanes; });
+  const vi word_high = lanes<vi>([](int l) { return l / 4 * 4 + l % 4 / 2 + l % 2 * kLanes + 2; });
+  const vl pair_low = lanes<vl>([](int l) { return l / 2 * 2 + l % 2 * (kLanes / 2); });
+  const vl pair_high = lanes<vl>([](int l) { return l / 2 * 2 + l % 2 * (kLanes / 2) + 1; });
+  auto pairs = [](vu a, vu b, vl mask) { return bits<vu>(__builtin_shuffle(bits<vl>(a), bits<vl>(b), mask)); };
+#pragma GCC unroll 4
+  for (int q = 0; q < kLanes; q += 4) {
+    const vu a = __builtin_shuffle(r[q], r[q + 1], word_low), b = __builtin_shuffle(r[q], r[q + 1], word_high);
+    const vu c = __builtin_shuffle(r[q + 2], r[q + 3], word_low), d = __builtin_shuffle(r[q + 2], r[q + 3], word_high);
+    r[q] = pairs(a, c, pair_low);
+    r[q + 1] = pairs(a, c, pair_high);
+    r[q + 2] = pairs(b, d, pair_low);
+    r[q + 3] = pairs(b, d, pair_high);
+  }
+  // Word k of block m in row 4 q + k is now one of column 4 m + k; block m goes to block q of row 4 m + k.
+  const vi half_low = lanes<vi>([](int l) { return l % (kLanes / 2) + l / (kLanes / 2) * kLanes; });
+  const vi half_high = lanes<vi>([](int l) { return l % (kLanes / 2) + l / (kLanes / 2) * kLanes + kLanes / 2; });
+  if constexpr (kBlocks == 2) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const vu a = r[k], b = r[4 + k];
+      r[k] = __builtin_shuffle(a, b, half_low);
+      r[4 + k] = __builtin_shuffle(a, b, half_high);
+    }
+  } else if constexpr (kBlocks == 4) {
+    const vi even = lanes<vi>([](int l) { return l % 4 + l / 4 * 8; });
+    const vi odd = lanes<vi>([](int l) { return l % 4 + l / 4 * 8 + 4; });
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      const vu a = __builtin_shuffle(r[k], r[4 + k], half_low), b = __builtin_shuffle(r[k], r[4 + k], half_high);
+      const vu c = __builtin_shuffle(r[8 + k], r[12 + k], half_low),
+               d = __builtin_shuffle(r[8 + k], r[12 + k], half_high);
+      r[k] = __builtin_shuffle(a, c, even);
+      r[4 + k] = __builtin_shuffle(a, c, odd);
+      r[8 + k] = __builtin_shuffle(b, d, even);
+      r[12 + k] = __builtin_shuffle(b, d, odd);
     }
   }
 }

@@ -162,18 +162,25 @@ cpu::Householder problem(const Tensor& tokens, const char* name, int64_t n_out, 
   return a;
 }
 
+const cpu::HouseholderKernels& chosen_kernels(const Tensor& tokens, bool rounded) {
+  const cpu::Isa isa = cpu::chosen_isa();
+  const bool bf16 = rounded && tokens.scalar_type() == ScalarType::BFloat16;
+  const cpu::HouseholderKernels* faster = bf16 ? cpu::householder_bf16_kernels(isa) : nullptr;
+  return faster == nullptr ? cpu::householder_kernels(isa) : *faster;
+}
+
 std::tuple<Tensor, Tensor> householder(const Tensor& x, const Tensor& left, const OptionalTensor& right,
-                                       const OptionalTensor& base) {
+                                       const OptionalTensor& base, bool rounded) {
   check_householder(x, left, right, base);
   const ScalarType type = accumulation_type({&x, &left, right.has_value() ? &*right : &left});
   if (type == ScalarType::Double && x.scalar_type() != type) {
     scalar_of(x, "x");
     OptionalTensor wide_base;
     if (base.has_value()) wide_base = torch::stable::to(*base, type);
-    auto [out, coefficients] = householder(torch::stable::to(x, type), left, right, wide_base);
+    auto [out, coefficients] = householder(torch::stable::to(x, type), left, right, wide_base, false);
     return {torch::stable::to(out, x.scalar_type()), coefficients};
   }
-  const cpu::HouseholderKernels& kernels = cpu::householder_kernels(cpu::chosen_isa());
+  const cpu::HouseholderKernels& kernels = chosen_kernels(x, rounded);
   const int64_t T = x.size(0), r = left.size(1), m = right.has_value() ? right->size(0) : 0;
   cpu::Householder a = problem(x, "x", m, r);
   Tensor coefficients = torch::stable::new_empty(x, {T, r}, type);
@@ -198,7 +205,7 @@ std::tuple<Tensor, Tensor> householder(const Tensor& x, const Tensor& left, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor> householder_backward(const Tensor& g, const Tensor& x,
                                                                 const Tensor& coefficients, const Tensor& left,
                                                                 const Tensor& right, const OptionalTensor& base,
-                                                                std::vector<bool> needs) {
+                                                                std::vector<bool> needs, bool rounded) {
   check_householder_backward(g, x, coefficients, left, right, base, needs.size());
   const ScalarType type = accumulation_type({&g, &left, &right, &coefficients});
   if (type == ScalarType::Double && g.scalar_type() != type) {
@@ -206,10 +213,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> householder_backward(const Tensor& g,
     OptionalTensor wide_base;
     if (base.has_value()) wide_base = torch::stable::to(*base, type);
     auto [dx, q, sum_x, sum_g] = householder_backward(torch::stable::to(g, type), torch::stable::to(x, type),
-                                                      coefficients, left, right, wide_base, needs);
+                                                      coefficients, left, right, wide_base, needs, false);
     return {torch::stable::to(dx, g.scalar_type()), q, sum_x, sum_g};
   }
-  const cpu::HouseholderKernels& kernels = cpu::householder_kernels(cpu::chosen_isa());
+  const cpu::HouseholderKernels& kernels = chosen_kernels(g, rounded);
   const int64_t T = g.size(0), m = g.size(1), n = x.size(1), r = left.size(1);
   cpu::Householder a = problem(g, "g", n, r);
   Tensor dx = needs[0] ? torch::stable::new_empty(g, {T, n}) : torch::stable::new_empty(g, {0});

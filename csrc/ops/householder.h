@@ -9,11 +9,13 @@
 
 namespace frodkernels::ops {
 
+// rounded: factors and coefficients may be rounded to the dtype of the tokens where they enter a product.
 inline constexpr char kHouseholderSchema[] =
-    "native_householder(Tensor x, Tensor left, Tensor? right, Tensor? base=None) -> (Tensor, Tensor)";
+    "native_householder(Tensor x, Tensor left, Tensor? right, Tensor? base=None, bool rounded=False) "
+    "-> (Tensor, Tensor)";
 inline constexpr char kHouseholderBackwardSchema[] =
     "native_householder_backward(Tensor g, Tensor x, Tensor coefficients, Tensor left, Tensor right, Tensor? base, "
-    "bool[2] needs) -> (Tensor, Tensor, Tensor, Tensor)";
+    "bool[2] needs, bool rounded=False) -> (Tensor, Tensor, Tensor, Tensor)";
 inline constexpr char kHouseholderGradientSchema[] = "native_householder_gradient(Tensor x, Tensor q) -> Tensor";
 
 // [rows, columns], on the device of `like`.

@@ -109,24 +109,28 @@ def _gradient_fake(x, q):
     return q.new_empty(x.shape[1], q.shape[1])
 
 
-def _implementation(op: str, factor: Tensor) -> Callable[..., Any]:
-    """The callable that serves ``op`` for factors like ``factor`` [_, r]."""
+def _implementation(op: str, factor: Tensor) -> tuple[bool, Callable[..., Any]]:
+    """Whether the native kernels serve ``op`` for factors like ``factor`` [_, r], and the callable that does."""
     device = factor.device.type
     backend, run = _backends.implementation(op, device)
-    many = factor.shape[1] > GPU_RANKS and (device != "cpu" or backend == "triton")
-    return getattr(reference, op) if many else run
+    if factor.shape[1] > GPU_RANKS and (device != "cpu" or backend == "triton"):
+        return False, getattr(reference, op)
+    return backend == "native", run
 
 
 def _forward_kernel(x, left, right, base=None, rounded=False):
-    return _implementation(FORWARD, left)(x, left, right, base)
+    native, run = _implementation(FORWARD, left)
+    return run(x, left, right, base, rounded) if native else run(x, left, right, base)
 
 
 def _backward_kernel(g, x, coefficients, left, right, base, needs, rounded=False):
-    return _implementation(BACKWARD, left)(g, x, coefficients, left, right, base, needs)
+    native, run = _implementation(BACKWARD, left)
+    arguments = g, x, coefficients, left, right, base, needs
+    return run(*arguments, rounded) if native else run(*arguments)
 
 
 def _gradient_kernel(x, q):
-    return _implementation(GRADIENT, q)(x, q)
+    return _implementation(GRADIENT, q)[1](x, q)
 
 
 _ops.register(

@@ -3,7 +3,9 @@
 // native_householder, native_householder_backward and native_householder_gradient on CUDA tensors (and, in the
 // executor's build, on CPU tensors): check, bring operands into the kernels' layout, allocate, launch.
 //
-// The tensor-core kernels serve 16-bit tokens whose rows start on 16 bytes; the fused multiply-add kernels the rest.
+// Factors are never rounded to the tokens' 16 bits, even where that is allowed: the tensor cores take them in two
+// parts. The tensor-core kernels serve 16-bit tokens whose rows start on 16 bytes; the fused multiply-add kernels the
+// rest.
 #include "cuda/householder.h"
 
 #include <torch/csrc/stable/library.h>
@@ -146,7 +148,7 @@ OptionalTensor wide(const OptionalTensor& t) {
 }
 
 std::tuple<Tensor, Tensor> householder(const Tensor& x, const Tensor& left, const OptionalTensor& right,
-                                       const OptionalTensor& base) {
+                                       const OptionalTensor& base, bool) {
   constexpr char kOp[] = "native_householder";
   check_householder(x, left, right, base);
   check_token_matrix(x, "x");
@@ -160,14 +162,14 @@ std::tuple<Tensor, Tensor> householder(const Tensor& x, const Tensor& left, cons
 std::tuple<Tensor, Tensor, Tensor, Tensor> householder_backward(const Tensor& g, const Tensor& x,
                                                                 const Tensor& coefficients, const Tensor& left,
                                                                 const Tensor& right, const OptionalTensor& base,
-                                                                std::vector<bool> needs) {
+                                                                std::vector<bool> needs, bool) {
   constexpr char kOp[] = "native_householder_backward";
   check_householder_backward(g, x, coefficients, left, right, base, needs.size());
   check_token_matrix(g, "g");
   const ScalarType sums = accumulation_type({&g, &left, &right, &coefficients});
   if (sums == ScalarType::Double && g.scalar_type() != sums) {
     auto [dx, q, sum_x, sum_g] = householder_backward(torch::stable::to(g, sums), torch::stable::to(x, sums),
-                                                      coefficients, left, right, wide(base), needs);
+                                                      coefficients, left, right, wide(base), needs, false);
     return {torch::stable::to(dx, g.scalar_type()), q, sum_x, sum_g};
   }
   const DeviceGuard guard(g.get_device_index());
