@@ -88,8 +88,8 @@ def test_nothing_to_do(place, backend, T, n, r, m):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(place, backend, layout, dtype):
-    for m in (None, 40):
-        case = make_operands(37, 33, 9, m, dtype)
+    for m, r in ((None, 9), (40, 9), (None, 3), (40, 40)):
+        case = make_operands(37, 33, r, m, dtype)
         moved = case.to(place.device)
         for name in ("x", "g", "base_in", "base_out"):
             if getattr(case, name) is not None:

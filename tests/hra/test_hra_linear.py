@@ -88,9 +88,10 @@ def test_no_features(m, n, side):
 
 
 @sides
+@pytest.mark.parametrize("r", [2, 5, 40])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_of_x_and_of_its_gradient(layout, side):
-    layer = make_layer(14, 12, 5, 33)
+def test_layouts_of_x_and_of_its_gradient(layout, r, side):
+    layer = make_layer(14, 12, r, 33)
     layer.x = LAYOUTS[layout](layer.x.t()).t()
     g = LAYOUTS[layout](torch.randn(14, 33, dtype=F64)).t()
     leaves = layer.leaves()
