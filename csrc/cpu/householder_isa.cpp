@@ -61,7 +61,7 @@ void project_low_rank(const Householder& a, int64_t t0, int64_t count) {
   using acc = typename W::scalar;
   using Vec = typename W::Vec;
   constexpr int kVec = W::kVecLanes, kHalf = kVec / 2;
-  constexpr int64_t kSlice = 16 * kPanel / kVec * 4;  // features whose part of `left` stays in L1
+  constexpr int64_t kSlice = 32768 / (kHalf * int64_t(sizeof(acc)));  // features whose part of `left` stays in L1
   const int64_t stride = left_stride<W>(a.n_in, a.r);
   acc* coefficients = static_cast<acc*>(a.coefficients) + t0 * a.r;
   for (int64_t i = 0; i < count * a.r; ++i) coefficients[i] = 0;
@@ -144,12 +144,30 @@ void pack_coefficients(const Householder& a, const Workspace<W>& work, int64_t t
   });
 }
 
+// out = base − sums for kColumns features. A function of its own where the constants of the rounding would otherwise be
+// kept in registers that the accumulators need.
+template <typename S>
+__attribute__((noinline)) void finish_rows(const typename Wide<S>::scalar* sums, int count,
+                                           const typename S::scalar* from, int64_t base_stride, typename S::scalar* to,
+                                           int64_t out_stride) {
+  using W = Wide<S>;
+  constexpr int kVec = W::kVecLanes;
+  for (int i = 0; i < count; ++i) {
+    narrow<S>(widen<S>(from) - load<typename W::Vec>(sums), to);
+    narrow<S>(widen<S>(from + kVec) - load<typename W::Vec>(sums + kVec), to + kVec);
+    sums += kColumns<W>;
+    from += base_stride;
+    to += out_stride;
+  }
+}
+
 // Features [f, f + width) of out = base − coefficients · rightᵀ
 template <typename S>
 void update(const Householder& a, const Workspace<Wide<S>>& work, int64_t t0, int64_t count, int64_t f, int64_t width) {
   using W = Wide<S>;
   using Vec = typename W::Vec;
   using scalar = typename S::scalar;
+  using acc = typename W::scalar;
   constexpr int kVec = W::kVecLanes;
   const int64_t r = a.r, base_stride = a.base.stride, out_stride = a.out.stride;
   const auto* base = static_cast<const scalar*>(a.base.data) + t0 * base_stride;
@@ -164,12 +182,22 @@ void update(const Householder& a, const Workspace<Wide<S>>& work, int64_t t0, in
       scalar* to = out + t * out_stride + c;
       const int64_t rest = f + width - c;
       if (rest >= kColumns<W>) {
+        if constexpr (kBytes < 64 && sizeof(scalar) < sizeof(acc)) {
+          acc held[kRows * kColumns<W>];
 #pragma GCC unroll 16
-        for (int i = 0; i < kRows; ++i) {
-          narrow<S>(widen<S>(from) - sum[i][0], to);
-          narrow<S>(widen<S>(from + kVec) - sum[i][1], to + kVec);
-          from += base_stride;
-          to += out_stride;
+          for (int i = 0; i < kRows; ++i) {
+            store(held + i * kColumns<W>, sum[i][0]);
+            store(held + i * kColumns<W> + kVec, sum[i][1]);
+          }
+          finish_rows<S>(held, kRows, from, base_stride, to, out_stride);
+        } else {
+#pragma GCC unroll 16
+          for (int i = 0; i < kRows; ++i) {
+            narrow<S>(widen<S>(from) - sum[i][0], to);
+            narrow<S>(widen<S>(from + kVec) - sum[i][1], to + kVec);
+            from += base_stride;
+            to += out_stride;
+          }
         }
       } else {
 #pragma GCC unroll 16
@@ -201,16 +229,19 @@ void add_sums(const Term<B>* terms, int count_terms, int64_t count, int64_t r, i
   in_groups<kRanks>(r, [&](auto ranks, int64_t j) {
     constexpr int kHere = ranks.value;
     for (int64_t c = 0; c < width; c += kColumns<W>) {
-      Vec sum[kHere][2] = {};
-      for (int k = 0; k < count_terms; ++k)
+      for (int k = 0; k < count_terms; ++k) {
+        Vec sum[kHere][2] = {};
         multiply<B, 1>(terms[k].coefficients + j, r, terms[k].features + c, terms[k].stride, count, sum);
-      auto* to = partial + j * stride + c;
+        auto* to = partial + j * stride + c;
+        const bool first = fresh && k == 0;
 #pragma GCC unroll 16
-      for (int i = 0; i < kHere; ++i) {
+        for (int i = 0; i < kHere; ++i) {
 #pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          auto* at = to + i * stride + v * W::kVecLanes;
-          store(at, fresh ? sum[i][v] : load<Vec>(at) + sum[i][v]);
+          for (int v = 0; v < 2; ++v) {
+            auto* at = to + v * W::kVecLanes;
+            store(at, first ? sum[i][v] : load<Vec>(at) + sum[i][v]);
+          }
+          to += stride;
         }
       }
     }

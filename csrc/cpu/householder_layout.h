@@ -42,16 +42,14 @@ inline void transpose(const typename W::scalar* from, int64_t from_stride, const
   if constexpr (sizeof(*to) == 4) {
     for (int64_t j = 0; j < columns; j += kLanes) {
       vu words[kLanes];
+      const float* at = from + j;
+      if (rows >= kLanes && end - (at + (kLanes - 1) * from_stride) >= kLanes) {
 #pragma GCC unroll 16
-      for (int l = 0; l < kLanes; ++l) {
-        const float* at = from + l * from_stride + j;
-        if (l >= rows) {
-          words[l] = vu{};
-        } else if (end - at >= kLanes) {
-          words[l] = load<vu>(at);
-        } else {
-          words[l] = bits<vu>(widen_some<F32>(at, smaller(columns - j, kLanes)));
-        }
+        for (int l = 0; l < kLanes; ++l) words[l] = load<vu>(at + l * from_stride);
+      } else {
+        const int64_t count = smaller(columns - j, kLanes);
+        for (int l = 0; l < kLanes; ++l)
+          words[l] = l < rows ? bits<vu>(widen_some<F32>(at + l * from_stride, count)) : vu{};
       }
       transpose_words(words);
       float* out = to + j * to_stride;

@@ -128,8 +128,10 @@ def laid_out(case: Operands, layout: str) -> Operands:
 @dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(isa, layout, dtype, acc):
-    for m in (None, 18):
-        check(*(laid_out(case, layout) for case in several(29, 35, 6, m, few=True, dtype=dtype, acc=acc)))
+    # One number summed with itself rounds the same way every time: few of it, or one lucky case decides the norm.
+    T, n, r, k = (5, 7, 3, 4) if layout == "expanded" else (29, 35, 6, 18)
+    for m in (None, k):
+        check(*(laid_out(case, layout) for case in several(T, n, r, m, few=True, dtype=dtype, acc=acc)))
 
 
 def test_layouts_that_differ(isa):
