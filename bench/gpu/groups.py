@@ -6,6 +6,7 @@ native         sparse core: the native kernel itself, with the tensor cores' pla
                backend forced, path "activation"
 native:fma     sparse core in 16 bits: the native kernel without that plan
 triton         the same op with the Triton backend forced
+input, output  HRA layer: from that side of the weight; torch:factor: plain torch with W H made in every call
 peft           PEFT's own way: in 16 bits S is densified in every call, in float32 it is torch.sparse.mm
 dense:once     S + diag lam is a ready dense matrix: the dense product alone, the rival of every sparse kernel
 floor          sparse core: streaming the operands once; layer: the bare GEMMs of its cheapest order
@@ -13,8 +14,9 @@ floor          sparse core: streaming the operands once; layer: the bare GEMMs o
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 
 import frodkernels as fk
 from bench import _plain_torch as plain
-from bench import _truth, frod, sparse_core
+from bench import _truth, frod, householder, hra, sparse_core
 from bench._case import Case, make_case
 from bench._interleave import FLOOR, Contestant, Entry, Group, Unavailable
 from bench._timing import Clock
@@ -33,11 +35,12 @@ from frodkernels.functional import _views
 
 BACKENDS = ("native", "triton")
 OPS = ("sparse_core", "sparse_core_backward")
+REFLECTION_OPS = ("householder", "householder_backward", "householder_gradient")
 
 
-def forced(made: Contestant, backend: str, device: str) -> Contestant:
-    """The same contestant with every op served by ``backend``."""
-    reason = next(filter(None, (_backends.unavailable(op, device, backend) for op in OPS)), None)
+def forced(made: Contestant, backend: str, device: str, ops: Sequence[str] = OPS) -> Contestant:
+    """The same contestant with every op, which are among ``ops``, served by ``backend``."""
+    reason = next(filter(None, (_backends.unavailable(op, device, backend) for op in ops)), None)
     if reason is not None:
         raise Unavailable(reason)
     run, answers, saved = made.run, made.answers, made.saved
@@ -208,7 +211,22 @@ def _layer_group(job: Job, case: Case, clock: Clock, compile: bool) -> Group:
     )
 
 
+def _reflections_group(job: Job, device: torch.device, clock: Clock, compile: bool) -> Group:
+    """The contestants of the CPU benchmarks, ours with each backend forced beside them; u in float32."""
+    made: Group = (householder if job.op == "householder" else hra).group(
+        job.shape, job.mode, DTYPES[job.dtype], clock, device, compile, torch.float32
+    )
+    entries = [Entry("auto", e.make) if e.impl == "frodkernels" else e for e in made.entries]
+    ours = next(e for e in entries if e.impl == "auto")
+    for backend in BACKENDS:
+        make = functools.partial(lambda name: forced(ours.make(), name, device.type, REFLECTION_OPS), backend)
+        entries.append(Entry(backend, make))
+    return dataclasses.replace(made, entries=tuple(entries))
+
+
 def build(job: Job, device: torch.device, clock: Clock, compile: bool) -> Group:
     """The group of one job, its operands on ``device``."""
+    if job.op in ("householder", "hra_linear"):
+        return _reflections_group(job, device, clock, compile)
     case = make_case(job.shape, DTYPES[job.dtype], device)
     return _core_group(job, case, compile) if job.op == "sparse_core" else _layer_group(job, case, clock, compile)

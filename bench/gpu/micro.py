@@ -19,9 +19,10 @@ from bench.results import Row, make_rows
 
 NAME, TITLE = "micro", "Microbenchmarks"
 
-OURS = ("auto", "native", "native:fma", "triton", "activation", "fold", "materialize", "accelerated")
+OURS = ("auto", "native", "native:fma", "triton", "activation", "fold", "materialize", "accelerated", "input", "output")
 # Contestants that have no form for a dtype or a device: said in the report, no failure of ours.
-RIVALS = ("peft", "torch", "torch:csr", "torch:dense", "compile", "dense:once", "lora8", FLOOR)
+OTHER_MAPS = ("lora8", "lora", FLOOR)
+RIVALS = ("peft", "torch", "torch:factor", "torch:csr", "torch:dense", "compile", "dense:once", *OTHER_MAPS)
 
 
 def items(options: Options) -> list[Item]:
@@ -78,7 +79,7 @@ def run(item: str, options: Options, mark: Mark) -> Record:
     job = next(job for job in jobs(options.dry_run, options.quick) if job.id == item)
     device = torch.device(options.device)
     clock = make_clock(options.device)
-    compile = not options.dry_run and not (options.quick and job.op == "frod_linear")
+    compile = not options.dry_run and not (options.quick and job.op.endswith("_linear"))
     group = _watched(build(job, device, clock, compile), options.excluded.get(item, {}), mark)
     settings = Settings(0.0, 1, 1, 1) if options.dry_run else Settings(1.0 if options.quick else 2.0, 9, 60, 3)
     results = [result for result in measure(group, clock, settings) if result.impl != TIMING]
@@ -87,7 +88,7 @@ def run(item: str, options: Options, mark: Mark) -> Record:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    data: dict[str, Any] = {"rows": rows, "rate": job.shape.rate}
+    data: dict[str, Any] = {"rows": rows, "rate": getattr(job.shape, "rate", 0.0)}
     bad = [f"{r.impl}: {r.status}" for r in results if r.impl in OURS and r.status.startswith(("failed", "wrong"))]
     times = {row["impl"]: float(row["ms"]) for row in rows if row["ms"]}
     if bad:
@@ -99,7 +100,7 @@ def run(item: str, options: Options, mark: Mark) -> Record:
 
 def _summary(times: dict[str, float]) -> str:
     mine = times.get("auto")
-    rivals = {name: ms for name, ms in times.items() if name not in (*OURS, FLOOR, "lora8")}
+    rivals = {name: ms for name, ms in times.items() if name not in (*OURS, *OTHER_MAPS)}
     if mine is None or not rivals:
         return ", ".join(f"{name} {ms:.3f} ms" for name, ms in times.items())
     best = min(rivals, key=rivals.__getitem__)
@@ -119,7 +120,7 @@ def verdict(records: dict[str, Record]) -> str:
     wins = losses = 0
     for one in records.values():
         times = {row["impl"]: float(row["ms"]) for row in one.get("data", {}).get("rows", []) if row["ms"]}
-        rivals = [ms for name, ms in times.items() if name not in (*OURS, FLOOR, "lora8")]
+        rivals = [ms for name, ms in times.items() if name not in (*OURS, *OTHER_MAPS)]
         if "auto" in times and rivals:
             wins += times["auto"] <= min(rivals)
             losses += times["auto"] > min(rivals)
@@ -139,7 +140,7 @@ def _cell(row: Row | None, best: str) -> str:
 
 
 def _best(rows: list[Row]) -> str:
-    timed = {row.impl: float(row.ms) for row in rows if row.ms and row.impl not in (FLOOR, "lora8")}
+    timed = {row.impl: float(row.ms) for row in rows if row.ms and row.impl not in OTHER_MAPS}
     return min(timed, key=timed.__getitem__) if timed else ""
 
 
@@ -149,8 +150,9 @@ def render(records: dict[str, Record]) -> str:
         rows = [Row(**row) for row in one.get("data", {}).get("rows", [])]
         if rows:
             first, rate = rows[0], 100 * float(one["data"].get("rate", 0))
-            to = f"{first.n}→{first.m}" if first.op == "frod_linear" else f"n={first.n}"
-            label = f"{first.model} {first.layer}, {to}, T={first.T}, {rate:g} %"
+            to = f"{first.n}→{first.m}" if first.op.endswith("_linear") else f"n={first.n}"
+            size = f"r={first.rank}" if first.rank else f"{rate:g} %"
+            label = f"{first.model} {first.layer}, {to}, T={first.T}, {size}"
             groups.setdefault((first.op, first.mode, first.dtype), []).append((label, rows))
     what = "Microseconds: median (20th to 80th percentile) of interleaved rounds; device time, cold caches"
     if any(row.device == "cpu" for row, _ in rows_of(records)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bench.shapes import SPARSE_RATE, Shape
+from bench.shapes import SPARSE_RATE, RankShape, Shape
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,30 @@ LAYERS = tuple(
     )
 )
 
+# Chained reflections: alone (m = n), and in a layer. The first two are those of the roofline's goals.
+REFLECTIONS = tuple(
+    RankShape(model, layer, n, n, T, False, rank)
+    for model, layer, n, T, rank in (
+        ("Llama-3-8B", "hidden", 4096, 8192, 8),
+        ("Llama-3-8B", "hidden", 4096, 8192, 32),
+        ("FLUX.2-klein", "mlp_out", 9216, 4608, 32),
+        ("Llama-3.2-3B", "hidden", 3072, 3072, 32),
+        ("Llama-3.2-3B", "hidden", 3072, 3072, 128),
+        ("Llama-3.2-3B", "decode", 3072, 4, 32),
+    )
+)
+REFLECTED = tuple(
+    RankShape(model, layer, m, n, T, False, 32)
+    for model, layer, m, n, T in (
+        ("Llama-3.2-3B", "q_proj", 3072, 3072, 3072),
+        ("FLUX.2-klein", "linear_out", 3072, 9216, 3072),
+        ("FLUX.2-klein", "to_qkv_mlp_proj", 27648, 3072, 3072),
+        ("Llama-3-8B", "v_proj", 1024, 4096, 8192),
+    )
+)
+
+QUICK_REFLECTIONS, QUICK_REFLECTED = REFLECTIONS[:2], REFLECTED[:1]
+DRY_REFLECTED = (RankShape("Tiny", "q_proj", 16, 16, 20, False, 3),)
 QUICK_CORE, QUICK_SWEEP, QUICK_LAYERS = CORE[:3], tuple(s for s in SWEEP if s.n == 4096)[::2], LAYERS[:3]
 DRY_CORE = (_core("Tiny", "hidden", 16, 20, 0.05),)
 DRY_LAYERS = (Sized("Tiny", "q_proj", 12, 16, 20, False, 0.05),)
@@ -74,7 +98,7 @@ class Job:
 
     op: str
     mode: str
-    shape: Sized
+    shape: Sized | RankShape
     dtype: str
 
     @property
@@ -88,13 +112,17 @@ def jobs(dry_run: bool = False, quick: bool = False) -> list[Job]:
     if dry_run:
         modes = ("forward", "transpose", "parameters", "backward")
         found = [Job("sparse_core", mode, shape, "float32") for shape in DRY_CORE for mode in modes]
-        return found + [Job("frod_linear", "step", shape, "float32") for shape in DRY_LAYERS]
+        found += [Job("frod_linear", "step", shape, "float32") for shape in DRY_LAYERS]
+        return found + [Job(op, "step", s, "float32") for s in DRY_REFLECTED for op in ("householder", "hra_linear")]
     core, sweep, layers = (QUICK_CORE, QUICK_SWEEP, QUICK_LAYERS) if quick else (CORE, SWEEP, LAYERS)
+    reflections, reflected = (QUICK_REFLECTIONS, QUICK_REFLECTED) if quick else (REFLECTIONS, REFLECTED)
     found = []
     for dtype in ("bfloat16", "float32") if quick else ("bfloat16", "float16", "float32"):
         modes = ("forward", "backward", "transpose", *(["parameters"] if dtype == "bfloat16" else []))
         found += [Job("sparse_core", mode, shape, dtype) for shape in core for mode in modes]
         found += [Job("frod_linear", mode, shape, dtype) for shape in layers for mode in ("step", "forward")]
+        found += [Job("householder", mode, shape, dtype) for shape in reflections for mode in ("forward", "step")]
         if dtype != "float16":
+            found += [Job("hra_linear", mode, shape, dtype) for shape in reflected for mode in ("step", "forward")]
             found += [Job("sparse_core", mode, shape, dtype) for shape in sweep for mode in ("forward", "backward")]
     return found

@@ -158,9 +158,22 @@ def test_the_jobs_cover_what_is_promised():
     assert {(8192, 4096, 167_772), (4608, 9216, 849_346)} <= sizes
     assert {job.dtype for job in jobs} == {"bfloat16", "float16", "float32"}
     assert {job.mode for job in jobs} == {"forward", "backward", "transpose", "parameters", "step"}
-    assert {0.005, 0.01, 0.1} <= {job.shape.rate for job in jobs}
+    assert {0.005, 0.01, 0.1} <= {job.shape.rate for job in jobs if job.op == "sparse_core"}
+    reflections = {(job.shape.T, job.shape.n, job.shape.rank) for job in jobs if job.op == "householder"}
+    assert {(8192, 4096, 8), (8192, 4096, 32)} <= reflections
     assert 0 < len(shapes.jobs(quick=True)) < len(jobs) / 3
     assert {job.id for job in shapes.jobs(quick=True)} <= {job.id for job in jobs}
+
+
+@pytest.mark.parametrize("op", ["householder", "hra_linear"])
+def test_reflections_are_measured_with_each_backend(op):
+    (job,) = [job for job in shapes.jobs(dry_run=True) if job.op == op]
+    found = micro.run(job.id, DRY, silent)
+    rows = {row["impl"]: row for row in found["data"]["rows"]}
+    assert found["status"] == "ok", found
+    assert {"auto", "native", "triton", "torch", "floor"} <= set(rows)
+    assert all(float(rows[name]["ms"]) > 0 for name in ("auto", "native", "torch", "floor"))
+    assert "r=3" in micro.render({job.id: found})
 
 
 @pytest.mark.parametrize("mode", ["forward", "transpose", "parameters", "backward"])
