@@ -7,9 +7,10 @@
 // Shapes   x [T, n], base [T, m]: rows that start on 16 bytes; out [T, m], any row stride and alignment; left and right
 //          packed (householder_mma_pack.cuh): left by (16 features, 16 ranks), right^T by (16 features, 16 ranks) of
 //          out
-// Types    scalar_t = __half | __nv_bfloat16. left comes in parts of 16 bits that together are float (bfloat16: three;
-//          float16: two, each 16 numbers of a column scaled by a power of two). Coefficients and right are cut in two
-//          parts of bfloat16 for pass two, whose result is rounded to 16 bits: 16 bits of theirs are enough.
+// Types    scalar_t = __half | __nv_bfloat16. left comes in three parts of 16 bits that together are float; float16's
+// are
+//          scaled by powers of two, one for 16 numbers of a column. Coefficients and right are cut in two parts of
+//          bfloat16 for pass two, whose result is rounded to 16 bits: 16 bits of theirs are enough.
 // Sums     float. Tensor cores cut what they add to a sum, towards zero: 16 features are summed there from zero, then
 //          added as floats are, rounded to nearest.
 // Method   A block of 8 warps owns 16 kTiles tokens: the packed factors come from L2 once for all of them. In pass one
@@ -48,7 +49,7 @@ struct MmaArgs {
 // 16 features x up to 32 ranks of left, on their way from L2 to the tensor cores.
 template <typename scalar_t>
 struct LeftFragments {
-  uint4 parts[2][kParts<scalar_t>];
+  uint4 parts[2][kParts];
   float2 scales[2][2];
 
   __device__ __forceinline__ void load(const char* from, int units, int lane) {
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1) householder_mma_kernel(const MmaA
         for (int j = 0; j < 2; ++j) {
           float sixteen[kTiles][4] = {};
 #pragma unroll
-          for (int p = kParts<scalar_t> - 1; p >= 0; --p) {
+          for (int p = kParts - 1; p >= 0; --p) {
             const uint32_t b[2] = {j == 0 ? now.parts[u][p].x : now.parts[u][p].z,
                                    j == 0 ? now.parts[u][p].y : now.parts[u][p].w};
 #pragma unroll

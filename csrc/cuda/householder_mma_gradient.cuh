@@ -82,14 +82,14 @@ __global__ void __launch_bounds__(kThreads, 2) householder_gradient_mma_kernel(c
 #pragma unroll
       for (int u = 0; u < kGradientUnits; ++u) {
         if (u >= mine) continue;
-        uint4 parts[kParts<scalar_t>];
+        uint4 parts[kParts];
         float2 scales[2];
         load_unit<scalar_t>(parts, scales, q + (k * a.units + u) * kUnitBytes<scalar_t>, lane);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float sixteen[2][4] = {};
 #pragma unroll
-          for (int p = kParts<scalar_t> - 1; p >= 0; --p) {
+          for (int p = kParts - 1; p >= 0; --p) {
             const uint32_t b[2] = {j == 0 ? parts[p].x : parts[p].z, j == 0 ? parts[p].y : parts[p].w};
 #pragma unroll
             for (int m = 0; m < 2; ++m) ptx::mma_m16n8k16<scalar_t>(sixteen[m], x[m], b);

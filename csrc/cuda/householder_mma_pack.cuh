@@ -4,8 +4,9 @@
 //
 // A unit is kParts parts of 512 bytes. In a part, lane (g, q) of a warp owns 16 bytes: for column g, then for column
 // 8 + g, the numbers of depth 2q, 2q + 1, 2q + 8 and 2q + 9 in 16 bits each. The parts add up to the number: a part is
-// what the parts before it have left, rounded. Three of bfloat16 are all 24 bits of a float; two of float16 are 22,
-// of numbers that are scaled by column and unit to lie near the top of its range. The 16 inverse scales follow.
+// what the parts before it have left, rounded. Three of bfloat16 are all 24 bits of a float. So are three of float16,
+// of numbers that are scaled by column and unit to lie near the top of its range: to 2^-39 of the largest. Its 16
+// inverse scales follow.
 #pragma once
 #include "cuda/householder.h"
 #include "cuda/scalars.cuh"
@@ -13,12 +14,10 @@
 namespace frodkernels::cuda::householder {
 
 constexpr int kPackThreads = 256;  // a warp a unit
-constexpr int kPartBytes = 512, kRightUnitBytes = 2 * kPartBytes;
+constexpr int kParts = 3, kPartBytes = 512, kRightUnitBytes = 2 * kPartBytes;
 
 template <typename scalar_t>
-constexpr int kParts = std::is_same_v<scalar_t, __half> ? 2 : 3;
-template <typename scalar_t>
-constexpr int kUnitBytes = kParts<scalar_t> * kPartBytes + (std::is_same_v<scalar_t, __half> ? 64 : 0);
+constexpr int kUnitBytes = kParts * kPartBytes + (std::is_same_v<scalar_t, __half> ? 64 : 0);
 
 template <typename scalar_t>
 __device__ __forceinline__ float2 widened_pair(uint32_t pair) {
@@ -51,14 +50,13 @@ __device__ __forceinline__ float unit_scale(float largest) {
 
 // A lane's share of a unit in global or shared memory.
 template <typename scalar_t>
-__device__ __forceinline__ void load_unit(uint4 (&parts)[kParts<scalar_t>], float2 (&scales)[2], const char* unit,
-                                          int lane) {
+__device__ __forceinline__ void load_unit(uint4 (&parts)[kParts], float2 (&scales)[2], const char* unit, int lane) {
 #pragma unroll
-  for (int p = 0; p < kParts<scalar_t>; ++p) parts[p] = gpu::load<uint4>(unit + p * kPartBytes + lane * 16);
+  for (int p = 0; p < kParts; ++p) parts[p] = gpu::load<uint4>(unit + p * kPartBytes + lane * 16);
   if constexpr (std::is_same_v<scalar_t, __half>) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      scales[j] = gpu::load<float2>(unit + kParts<scalar_t> * kPartBytes + j * 32 + (lane & 3) * 8);
+      scales[j] = gpu::load<float2>(unit + kParts * kPartBytes + j * 32 + (lane & 3) * 8);
     }
   }
 }
@@ -127,12 +125,12 @@ __global__ void __launch_bounds__(kPackThreads) householder_pack_kernel(const Pa
   const int64_t unit = int64_t(blockIdx.x) * (kPackThreads / 32) + threadIdx.x / 32;
   constexpr bool kScaled = std::is_same_v<scalar_t, __half>;
   if (unit < first.units) {
-    pack_unit<scalar_t, kParts<scalar_t>, kScaled>(first, unit, kUnitBytes<scalar_t>, lane);
+    pack_unit<scalar_t, kParts, kScaled>(first, unit, kUnitBytes<scalar_t>, lane);
   } else if (unit - first.units < second.units) {
     if constexpr (kRight) {
       pack_unit<__nv_bfloat16, 2, false>(second, unit - first.units, kRightUnitBytes, lane);
     } else {
-      pack_unit<scalar_t, kParts<scalar_t>, kScaled>(second, unit - first.units, kUnitBytes<scalar_t>, lane);
+      pack_unit<scalar_t, kParts, kScaled>(second, unit - first.units, kUnitBytes<scalar_t>, lane);
     }
   }
 }
