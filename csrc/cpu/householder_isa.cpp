@@ -88,7 +88,7 @@ void project_low_rank(const Householder& a, int64_t t0, int64_t count) {
       store(all, sum_each<Vec, typename W::Mask>(sum));
       acc* to = coefficients + t * a.r;
       for (int64_t j = 0; j < a.r; ++j) to[j] += all[j];
-      if (two == one) continue;
+      if (t + 1 == count) continue;
       for (int64_t j = 0; j < a.r; ++j) to[a.r + j] += all[kHalf + j];
     }
   }

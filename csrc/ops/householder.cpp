@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../cpu/householder.h"
+#include "reflections.h"
 
 namespace frodkernels::ops {
 namespace {
@@ -274,6 +275,13 @@ Tensor householder_gradient(const Tensor& x, const Tensor& q) {
 }
 
 }  // namespace
+
+Tensor product_on_cpu(const Tensor& rows, const Tensor& square) {
+  return std::get<1>(householder(rows, square, std::nullopt, std::nullopt, false));
+}
+
+Tensor inner_on_cpu(const Tensor& a, const Tensor& b) { return householder_gradient(a, b); }
+
 }  // namespace frodkernels::ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(frodkernels, m) {

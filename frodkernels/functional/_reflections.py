@@ -14,59 +14,51 @@ du = dq / |u|. Source: HRA, https://arxiv.org/abs/2405.17484; C. Bischof and C. 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from frodkernels.functional._common import check_tensor
-from frodkernels.ops import householder as ops
+from frodkernels.ops import reflections as ops
 from frodkernels.reference.householder import accumulator
-
-# These products decide how orthogonal the chain is, so they are the kernels', in float32 or float64 whatever precision
-# torch.set_float32_matmul_precision allows to matrix products.
-
-
-def _product(rows: Tensor, square: Tensor) -> Tensor:
-    """rows [n, r] times square [r, r]."""
-    return ops.householder(rows, square, None)[1]
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """a^T b: a, b [n, r]."""
-    return ops.householder_gradient(a, b)
+from frodkernels.reference.reflections import inner, product
 
 
 class Reflections:
     """The factors of one chain in the accumulator's dtype.
 
     unit     q [n, r]
+    left     q S^-1, or q S^-T for the transposed chain [n, r]
     matrix   S^-1 [r, r]; with orthogonalize: R of the unit columns' QR decomposition
-    norms    |u_i| [r]
+    norms    |u_i| [r]; both of them in float64 for float32 u
     """
 
-    def __init__(self, unit: Tensor, matrix: Tensor, norms: Tensor, orthogonalize: bool) -> None:
-        self.unit, self.matrix, self.norms, self.orthogonalize = unit, matrix, norms, orthogonalize
+    def __init__(self, unit: Tensor, left: Tensor, matrix: Tensor, norms: Tensor, orthogonalize: bool = False) -> None:
+        self.unit, self.left, self.matrix, self.norms = unit, left, matrix, norms
+        self.orthogonalize = orthogonalize
 
     @classmethod
-    def of(cls, u: Tensor, x: Tensor, orthogonalize: bool) -> Reflections:
+    def of(cls, u: Tensor, x: Tensor, transpose: bool, orthogonalize: bool) -> Reflections:
         """For u [n, r], to be applied to x."""
-        u = u.to(accumulator(x, u))
-        norms = torch.linalg.vector_norm(u, dim=0)
-        unit = u / norms
-        if orthogonalize:
-            basis, R = torch.linalg.qr(unit)
-            # a zero column has no direction: NaN, where QR would make one up
-            return cls(basis + (norms - norms) / norms, R, norms, True)
-        half = torch.triu(_inner(unit, unit))
-        half.diagonal().mul_(0.5)
-        eye = torch.eye(half.shape[0], dtype=half.dtype, device=half.device)
-        return cls(unit, torch.linalg.solve_triangular(half, eye, upper=True), norms, False)
+        if not orthogonalize:
+            return cls(*ops.reflections(u, x.dtype == torch.float64, transpose))
+        acc = accumulator(x, u)
+        wide = u.to(torch.float64)
+        norms = torch.linalg.vector_norm(wide, dim=0)
+        basis, R = torch.linalg.qr(wide / norms)
+        # a zero column has no direction: NaN, where QR would make one up
+        unit = (basis + (norms - norms) / norms).to(acc)
+        return cls(unit, 2 * unit, R.to(acc), norms.to(acc), True)
 
     @classmethod
-    def again(cls, u: Tensor, unit: Tensor | None, matrix: Tensor, norms: Tensor) -> Reflections:
-        """From what ``saved`` kept."""
-        return cls(u.to(matrix.dtype) / norms if unit is None else unit, matrix, norms, unit is not None)
+    def again(cls, u: Tensor, x: Tensor, kept: Sequence[Tensor], transpose: bool) -> Reflections:
+        """From what ``saved`` kept, to be applied to x or its like."""
+        unit, matrix, norms = kept
+        if unit is not None:
+            return cls(unit, 2 * unit, matrix, norms, True)
+        return cls(*ops.reflections_again(u, matrix, norms, x.dtype == torch.float64, transpose), matrix, norms)
 
     def saved(self) -> tuple[Tensor | None, Tensor, Tensor]:
         """(unit, matrix, norms) for the backward; unit is cheaper to form again than to keep where it is u / |u|."""
@@ -76,17 +68,16 @@ class Reflections:
         """rows S^-1, or rows S^-T; rows [_, r]."""
         if self.orthogonalize:
             return 2 * rows
-        return _product(rows, self.matrix.t() if transpose else self.matrix)
+        matrix = self.matrix.to(rows.dtype)
+        return product(rows, matrix.t() if transpose else matrix)
 
-    def gradient(self, u: Tensor, dunit: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        """du from dunit, what the products with unit gave, and dS = a^T b."""
-        if self.orthogonalize:  # the map depends on the span alone, and S is constant
-            inside = dunit - _product(self.unit, _inner(self.unit, dunit))
-            dunit = torch.linalg.solve_triangular(self.matrix.t(), inside, upper=False, left=False)
-        else:
-            dgram = torch.triu(_inner(a, b))
-            dgram.diagonal().mul_(0.5)
-            dunit = dunit + _product(self.unit, dgram + dgram.t())
+    def gradient(self, u: Tensor, sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """du from -dunit, what the products with unit gave, and dS = a^T b."""
+        if not self.orthogonalize:
+            return ops.reflections_gradient(u, self.unit, self.norms, sums, a, b)
+        # the map depends on the span alone, and S is constant
+        inside = product(self.unit, inner(self.unit, sums)) - sums
+        dunit = torch.linalg.solve_triangular(self.matrix.t(), inside, upper=False, left=False)
         return (dunit / self.norms).to(u.dtype)
 
 

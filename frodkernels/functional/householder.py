@@ -24,8 +24,8 @@ class Householder(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, u: Tensor, transpose: bool, orthogonalize: bool) -> Tensor:
-        chain = Reflections.of(u, x, orthogonalize)
-        out, c = ops.householder(x, chain.solved(chain.unit, transpose), chain.unit, None, rounds(x, u))
+        chain = Reflections.of(u, x, transpose, orthogonalize)
+        out, c = ops.householder(x, chain.left, chain.unit, None, rounds(x, u))
         need_u = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if need_u else None, u, c if need_u else None, *chain.saved())
         ctx.transpose = transpose
@@ -38,13 +38,12 @@ class Householder(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, u, c, *kept = ctx.saved_tensors
         need_x, need_u = ctx.needs_input_grad[:2]
-        chain = Reflections.again(u, *kept)
-        left = chain.solved(chain.unit, not ctx.transpose)
         g = g.to(ctx.dtype)
+        chain = Reflections.again(u, g, kept, not ctx.transpose)
         if not need_u:
-            return ops.householder(g, left, chain.unit, None, rounds(g, u))[0], None, None, None
-        dx, q, sums, _ = ops.householder_backward(g, x, c, left, chain.unit, None, [need_x, True], rounds(x, u))
-        du = chain.gradient(u, -sums, *((q, c) if ctx.transpose else (c, q)))
+            return ops.householder(g, chain.left, chain.unit, None, rounds(g, u))[0], None, None, None
+        dx, q, sums, _ = ops.householder_backward(g, x, c, chain.left, chain.unit, None, [need_x, True], rounds(x, u))
+        du = chain.gradient(u, sums, *((q, c) if ctx.transpose else (c, q)))
         return dx if need_x else None, du, None, None
 
 

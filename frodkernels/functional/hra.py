@@ -34,9 +34,9 @@ class HRAOutput(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
         W = weight.to(x.dtype)
         y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
-        chain = Reflections.of(u, x, orthogonalize)
+        chain = Reflections.of(u, x, True, orthogonalize)
         _, b = ops.householder(W, chain.unit, None, None, rounds(x, u))
-        out, c = ops.householder(x, chain.solved(chain.unit, True), b, y, rounds(x, u))
+        out, c = ops.householder(x, chain.left, b, y, rounds(x, u))
         ctx.save_for_backward(x, weight, u, c, b, *chain.saved())
         return out
 
@@ -46,7 +46,7 @@ class HRAOutput(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, u, c, b, *kept = ctx.saved_tensors
         need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
-        chain = Reflections.again(u, *kept)
+        chain = Reflections.again(u, x, kept, True)
         g, W = g.to(x.dtype), weight.to(x.dtype)
         dx = dweight = du = None
         if need_x or need_u or need_weight:
@@ -55,7 +55,7 @@ class HRAOutput(torch.autograd.Function):
             left, right = chain.solved(b, False), chain.unit
             dx, q, sum_x, sum_g = ops.householder_backward(g, x, c, left, right, base, needs, rounds(x, u))
             if need_u:
-                du = chain.gradient(u, -(sum_x + ops.householder_gradient(W, sum_g)), q, c)
+                du = chain.gradient(u, sum_x + ops.householder_gradient(W, sum_g), q, c)
             if need_weight:
                 dweight = (g.t() @ x - (sum_g @ chain.unit.t()).to(x.dtype)).to(weight.dtype)
         return dx if need_x else None, dweight, du, g.sum(0) if need_bias else None, None

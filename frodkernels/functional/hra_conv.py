@@ -29,7 +29,7 @@ class Filters(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, W: Tensor, u: Tensor, orthogonalize: bool) -> tuple[Tensor, Tensor]:
-        chain = Reflections.of(u, W, orthogonalize)
+        chain = Reflections.of(u, W, False, orthogonalize)
         mixer = chain.solved(ops.householder(W, chain.unit, None)[1], False)
         ctx.save_for_backward(W, u, *chain.saved())
         return chain.unit.clone() if orthogonalize else chain.unit, mixer
@@ -40,13 +40,39 @@ class Filters(torch.autograd.Function):
     def backward(ctx: Any, dunit: Tensor, dmixer: Tensor) -> tuple[Tensor | None, ...]:
         W, u, *kept = ctx.saved_tensors
         need_weight, need_u = ctx.needs_input_grad[:2]
-        chain = Reflections.again(u, *kept)
+        chain = Reflections.again(u, W, kept, False)
         dproduct = chain.solved(dmixer, True)  # of W q
         dweight = (dproduct @ chain.unit.t()).to(W.dtype) if need_weight else None
         if not need_u:
             return dweight, None, None
         k = ops.householder_gradient(W, dproduct.contiguous())
-        return dweight, chain.gradient(u, dunit + k, -chain.solved(chain.unit, False), k), None
+        return dweight, chain.gradient(u, -(dunit + k), -chain.left, k), None
+
+
+class Coefficients(torch.autograd.Function):
+    """C = conv(x, q) in q's dtype for an x of 16 bits, which is what is kept: widened copies live for a moment."""
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, filters: Tensor, stride: Pair, padding: Pair | str, dilation: Pair) -> Tensor:
+        ctx.save_for_backward(x, filters)
+        ctx.geometry = stride, padding, dilation
+        return F.conv2d(x.to(filters.dtype), filters, None, stride, padding, dilation)
+
+    @staticmethod
+    @first_order
+    @without_autocast
+    def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
+        x, filters = ctx.saved_tensors
+        need_x, need_filters = ctx.needs_input_grad[:2]
+        with torch.enable_grad():
+            wide = x.detach().to(filters.dtype).requires_grad_(need_x)
+            leaf = filters.detach().requires_grad_(need_filters)
+            c = F.conv2d(wide, leaf, None, *ctx.geometry)
+        wanted = [t for t, need in ((wide, need_x), (leaf, need_filters)) if need]
+        grads = list(torch.autograd.grad(c, wanted, dc))
+        dx = grads.pop(0).to(x.dtype) if need_x else None
+        return dx, grads.pop(0) if need_filters else None, None, None, None
 
 
 def hra_conv2d(
@@ -121,7 +147,13 @@ def correct_conv2d(
     """conv(x, W H) from y = conv(x, W), whatever made y; all of one dtype but u."""
     m, r = weight.shape[0], u.shape[1]
     unit, mixer = Filters.apply(weight.flatten(1), u, orthogonalize)
-    filters = unit.t().reshape(r, *weight.shape[1:]).to(x.dtype)
+    mixed = x.element_size() < u.element_size()  # then the correction is as precise as u, and rounded once with y
+    filters = unit.t().reshape(r, *weight.shape[1:])
+    filters = filters if mixed else filters.to(x.dtype)
     with autocast_off(x):
-        coefficients = F.conv2d(x, filters, None, stride, padding, dilation)
-        return y - F.conv2d(coefficients, mixer.to(x.dtype).reshape(m, r, 1, 1))
+        if mixed:
+            coefficients = Coefficients.apply(x, filters, stride, padding, dilation)
+        else:
+            coefficients = F.conv2d(x, filters, None, stride, padding, dilation)
+        correction = F.conv2d(coefficients, mixer.to(filters.dtype).reshape(m, r, 1, 1))
+        return (y - correction).to(y.dtype)
