@@ -146,7 +146,7 @@ def plot(summary: Summary, path: Path) -> None:
 
     agreement = summary["agreement"]
     figure = pyplot.figure(figsize=(14, 5.6), layout="constrained")
-    grid = figure.add_gridspec(2, 3, height_ratios=[3, 1], width_ratios=[2, 1, 1])
+    grid = figure.add_gridspec(2, 3, height_ratios=[3, 1], width_ratios=[1.7, 1.15, 1.15])
     curves = figure.add_subplot(grid[0, 0] if agreement else grid[:, 0])
     _plot_losses(curves, summary)
     if agreement:

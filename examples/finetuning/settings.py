@@ -33,11 +33,11 @@ class Settings:
     methods: tuple[str, ...] = METHODS
     device: str = "cpu"
     dtype: str = "float32"
-    steps: int = 16
+    steps: int = 24
     eval_texts: int = 112
     held_out: bool = False
     batch_size: int = 16
-    sequence_length: int = 128
+    sequence_length: int = 96
     targets: str = "all-linear"
     sparse_rate: float = 0.01
     lora_rank: int = 8
