@@ -117,9 +117,10 @@ def test_nothing_square_is_allocated(side, orthogonalize):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_no_sort_and_no_host_sync(side):
-    """Under mixed dtypes only small factors and the layer's own tensors are converted."""
+    """All that is converted is the r x r system, which is in float64 for float32 directions."""
     recorder = record(make_layer(M, N, R, T, **F32), side=side)
-    assert not [op for op in recorder.ops if op in FORBIDDEN]
+    found = [op for op in recorder.ops if op in FORBIDDEN]
+    assert found == (["_to_copy"] if side == "output" else [])
 
 
 @pytest.mark.parametrize("side, gemms", [("input", 2), ("output", 2)])
