@@ -22,6 +22,11 @@ RUNS: dict[str, tuple[tuple[str, ...], dict[str, str], float]] = {
     "ops on the GPU": (("tests/device/test_ops_on_device.py",), {"FRODKERNELS_TEST_DEVICE": "cuda"}, 2400),
     "ways on the GPU": (("tests/device/test_ways_on_device.py",), {"FRODKERNELS_TEST_DEVICE": "cuda"}, 2400),
     "layers on the GPU": (("tests/device/test_layers_on_device.py",), {"FRODKERNELS_TEST_DEVICE": "cuda"}, 2400),
+    "reflections on the GPU": (
+        ("tests/device/test_householder_on_device.py", "tests/device/test_hra_on_device.py"),
+        {"FRODKERNELS_TEST_DEVICE": "cuda"},
+        2400,
+    ),
     "whole suite": (("tests", "--ignore=tests/bench/test_gpu.py"), {}, 3600),
     "Triton interpreter": (("tests", "-k", "test_triton"), {"TRITON_INTERPRET": "1"}, 2400),
 }

@@ -268,7 +268,7 @@ void add_sums(const Workspace& work, int first, int terms, int64_t count, int64_
 }
 
 void run_tile(const Householder& a, const Workspace& work, int64_t split, int64_t t0, int64_t count, bool fresh) {
-  if (a.in.data != nullptr) project(a, work, t0, count);
+  if (a.project) project(a, work, t0, count);
   if (a.out.data != nullptr) pack_coefficients(a, work, t0, count);
   const bool sums_out = a.partial_out != nullptr, sums_in = a.partial_in != nullptr;
   const float* coefficients = static_cast<const float*>(a.coefficients) + t0 * a.r;

@@ -194,7 +194,9 @@ std::tuple<Tensor, Tensor> reflections_again(const Tensor& u, const Tensor& inve
 
 Tensor reflections_gradient(const Tensor& u, const Tensor& unit, const Tensor& norms, const Tensor& sums,
                             const Tensor& a, const Tensor& b) {
+  checked(unit, "unit", -1, -1);
   const int64_t n = unit.size(0), r = unit.size(1);
+  checked(u, "u", n, r);
   const Tensor lengths = checked_norms(norms, r);
   const ScalarType type = unit.scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "unit must be float32 or float64");

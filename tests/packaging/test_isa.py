@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="one ISA level on this architecture")
 
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 # "DW.ref.": a pointer to the exception personality routine, data that is the same everywhere.
 HARMLESS = re.compile(r"^DW\.ref\.")
 
@@ -44,14 +44,14 @@ def test_level_stays_within_its_registers(functions, level, foreign):
     assert wrong == set()
 
 
-@pytest.mark.parametrize("level, own", [("avx2", "y"), ("avx512", "z")])
+@pytest.mark.parametrize("level, own", [("avx2", "y"), ("avx512", "z"), ("avx512bf16", "z")])
 def test_level_uses_its_registers(functions, level, own):
     assert any(own in registers for registers in of_level(functions, level).values())
 
 
 def test_no_code_outside_the_levels_uses_them(functions):
     """Bindings, dispatch, templates of the standard library, the CUDA runtime: all run on any x86-64."""
-    guarded = of_level(functions, "avx2") | of_level(functions, "avx512")
+    guarded = {name for level in LEVELS[1:] for name in of_level(functions, level)}
     wrong = {name for name, registers in functions.items() if name not in guarded and registers & set("yz")}
     assert wrong == set()
 
