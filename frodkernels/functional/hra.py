@@ -12,14 +12,55 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
+from frodkernels.functional._gemm import linear, times
 from frodkernels.functional._reflections import Reflections, check_reflections, rounds, warn_if_deficient
-from frodkernels.functional.householder import Householder, check_input, flattened
+from frodkernels.functional.householder import check_input, flattened
 from frodkernels.functional.hra_side import SIDES, choose
 from frodkernels.ops import householder as ops
+
+
+class HRAInput(torch.autograd.Function):
+    """C = x q S^-T;  x' = x - C q^T;  y = x' W^T + bias.
+
+    g' = g W;  Q = g' q S^-1;  dx = g' - Q q^T;  dq = -(x^T Q + g'^T C) + q (dG + dG^T), dS = Q^T C;
+    dW = g^T x', where W is trained. Saves x and C [T, r]; x' is formed again for dW.
+    """
+
+    @staticmethod
+    @without_autocast
+    def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
+        chain = Reflections.of(u, x, True, orthogonalize)
+        reflected, c = ops.householder(x, chain.left, chain.unit, None, rounds(x, u))
+        kept = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        ctx.save_for_backward(x if kept else None, weight, u, c if kept else None, *chain.saved())
+        ctx.dtype = x.dtype
+        return linear(reflected, weight.to(x.dtype), bias)
+
+    @staticmethod
+    @first_order
+    @without_autocast
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, u, c, *kept = ctx.saved_tensors
+        need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
+        g = g.to(ctx.dtype)
+        dx = dweight = du = None
+        if need_x or need_u or need_weight:
+            chain = Reflections.again(u, g, kept, False)
+        if need_x or need_u:
+            into = times(g, weight.to(ctx.dtype))
+            if need_u:
+                factors = chain.left, chain.unit, None
+                dx, q, sums, _ = ops.householder_backward(into, x, c, *factors, [need_x, True], rounds(x, u))
+                du = chain.gradient(u, sums, q, c)
+            else:
+                dx = ops.householder(into, chain.left, chain.unit, None, rounds(into, u))[0]
+        if need_weight:
+            reflected = (x - c @ chain.unit.t()).to(ctx.dtype)
+            dweight = (g.t() @ reflected).to(weight.dtype)
+        return dx if need_x else None, dweight, du, g.sum(0) if need_bias else None, None
 
 
 class HRAOutput(torch.autograd.Function):
@@ -33,7 +74,7 @@ class HRAOutput(torch.autograd.Function):
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
         W = weight.to(x.dtype)
-        y = x @ W.t() if bias is None else torch.addmm(bias, x, W.t())
+        y = linear(x, W, bias)
         chain = Reflections.of(u, x, True, orthogonalize)
         _, b = ops.householder(W, chain.unit, None, None, rounds(x, u))
         out, c = ops.householder(x, chain.left, b, y, rounds(x, u))
@@ -51,7 +92,7 @@ class HRAOutput(torch.autograd.Function):
         dx = dweight = du = None
         if need_x or need_u or need_weight:
             # without dx, x stands for a base that is not read
-            base, needs = g @ W if need_x else x, [need_x, need_u or need_weight]
+            base, needs = times(g, W) if need_x else x, [need_x, need_u or need_weight]
             left, right = chain.solved(b, False), chain.unit
             dx, q, sum_x, sum_g = ops.householder_backward(g, x, c, left, right, base, needs, rounds(x, u))
             if need_u:
@@ -119,8 +160,5 @@ def hra_linear(
     flat, m = flattened(x, n), weight.shape[0]
     if side == "auto":
         side = choose(flat, m, u)
-    if side == "input":
-        y = F.linear(Householder.apply(flat, u, True, orthogonalize), weight.to(dtype), bias)
-    else:
-        y = HRAOutput.apply(flat, weight, u, bias, orthogonalize)
+    y = (HRAInput if side == "input" else HRAOutput).apply(flat, weight, u, bias, orthogonalize)
     return y.reshape(*x.shape[:-1], m)

@@ -108,7 +108,7 @@ def test_precise_gradients_where_they_cost_little(dtype, T, m, n, r):
 def test_auto_takes_the_chosen_side(side, monkeypatch):
     layer = make_layer(6, 8, 2, 5)
     called = []
-    for name, label in (("Householder", "input"), ("HRAOutput", "output")):
+    for name, label in (("HRAInput", "input"), ("HRAOutput", "output")):
         function = getattr(functional, name)
 
         def apply(*args, _function=function, _label=label):
