@@ -47,9 +47,8 @@ class Reflections:
         acc = accumulator(x, u)
         wide = u.to(torch.float64)
         norms = torch.linalg.vector_norm(wide, dim=0)
-        basis, R = torch.linalg.qr(wide / norms)
-        # a zero column has no direction: NaN, where QR would make one up
-        unit = (basis + (norms - norms) / norms).to(acc)
+        basis, R = torch.linalg.qr(wide / norms)  # of a zero column NaN, as it has no direction
+        unit = basis.to(acc)
         return cls(unit, 2 * unit, R.to(acc), norms.to(acc), True)
 
     @classmethod

@@ -76,8 +76,9 @@ def householder(x: Tensor, u: Tensor, *, transpose: bool = False, orthogonalize:
             on those before them make the map arbitrary: on the CPU that is warned of.
 
     Returns:
-        [..., n] in x's dtype (autocast's under autocast); products and the r x r system in float32 (float64 when x or u
-        are), rounded once. Differentiable once in x and u; each gradient has its tensor's dtype.
+        [..., n] in x's dtype (autocast's under autocast). Sums in float32 (float64 when x or u are), rounded once;
+        factors come from float64 for float32 u, and may be rounded to the 16 bits that u shares with x. Differentiable
+        once in x and u; each gradient has its tensor's dtype.
 
     Raises:
         ValueError: an argument of the wrong type, shape, dtype or device; names it.

@@ -50,13 +50,17 @@ class Filters(torch.autograd.Function):
 
 
 class Coefficients(torch.autograd.Function):
-    """C = conv(x, q) in q's dtype for an x of 16 bits, which is what is kept: widened copies live for a moment."""
+    """C = conv(x, q) in q's dtype for a narrower x [N, C, height, width].
+
+    x itself is what is kept; its widened copies live for a moment.
+    """
 
     @staticmethod
     @without_autocast
-    def forward(ctx: Any, x: Tensor, filters: Tensor, stride: Pair, padding: Pair | str, dilation: Pair) -> Tensor:
+    def forward(ctx: Any, x: Tensor, filters: Tensor, *geometry: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(x, filters)
-        ctx.geometry = stride, padding, dilation
+        ctx.geometry = geometry
+        stride, padding, dilation = geometry
         return F.conv2d(x.to(filters.dtype), filters, None, stride, padding, dilation)
 
     @staticmethod
@@ -64,15 +68,28 @@ class Coefficients(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, dc: Tensor) -> tuple[Tensor | None, ...]:
         x, filters = ctx.saved_tensors
-        need_x, need_filters = ctx.needs_input_grad[:2]
-        with torch.enable_grad():
-            wide = x.detach().to(filters.dtype).requires_grad_(need_x)
-            leaf = filters.detach().requires_grad_(need_filters)
-            c = F.conv2d(wide, leaf, None, *ctx.geometry)
-        wanted = [t for t, need in ((wide, need_x), (leaf, need_filters)) if need]
-        grads = list(torch.autograd.grad(c, wanted, dc))
-        dx = grads.pop(0).to(x.dtype) if need_x else None
-        return dx, grads.pop(0) if need_filters else None, None, None, None
+        needs = [*ctx.needs_input_grad[:2], False]
+        stride, padding, dilation = ctx.geometry
+        dx, dfilters, _ = torch.ops.aten.convolution_backward(
+            dc, x.to(filters.dtype), filters, None, stride, padding, dilation, False, (0, 0), 1, needs
+        )
+        return dx.to(x.dtype) if needs[0] else None, dfilters if needs[1] else None, None, None, None
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _padded(x: Tensor, padding: Pair | str, kernel: tuple[int, int], dilation: Pair) -> tuple[Tensor, tuple[int, int]]:
+    """x and the padding as numbers; "same" with an even kernel pads one side more, which only x itself can have."""
+    if not isinstance(padding, str):
+        return x, _pair(padding)
+    if padding == "valid":
+        return x, (0, 0)
+    high, wide = (d * (k - 1) for k, d in zip(kernel, _pair(dilation), strict=True))
+    if high % 2 == 0 and wide % 2 == 0:
+        return x, (high // 2, wide // 2)
+    return F.pad(x, (wide // 2, wide - wide // 2, high // 2, high - high // 2)), (0, 0)
 
 
 def hra_conv2d(
@@ -152,7 +169,10 @@ def correct_conv2d(
     filters = filters if mixed else filters.to(x.dtype)
     with autocast_off(x):
         if mixed:
-            coefficients = Coefficients.apply(x, filters, stride, padding, dilation)
+            x, padding = _padded(x, padding, filters.shape[2:], dilation)
+            batch = x if x.dim() == 4 else x.unsqueeze(0)
+            coefficients = Coefficients.apply(batch, filters, _pair(stride), padding, _pair(dilation))
+            coefficients = coefficients if x.dim() == 4 else coefficients.squeeze(0)
         else:
             coefficients = F.conv2d(x, filters, None, stride, padding, dilation)
         correction = F.conv2d(coefficients, mixer.to(filters.dtype).reshape(m, r, 1, 1))

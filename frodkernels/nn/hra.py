@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from frodkernels.functional._common import autocast_off
 from frodkernels.functional._reflections import check_reflections
 from frodkernels.functional.householder import householder
 from frodkernels.functional.hra import hra_linear
@@ -74,7 +75,7 @@ class _HRA(nn.Module):
 
     def _rotated(self, weight: Tensor) -> Tensor:
         """W H for a weight [m, ...], in its dtype."""
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off(weight):
             return householder(weight.flatten(1), self.u, orthogonalize=self.orthogonalize).view_as(weight)
 
 

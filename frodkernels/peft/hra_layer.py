@@ -13,7 +13,7 @@ from peft.tuners.hra.layer import HRALinear as PeftHRALinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from frodkernels.functional._common import autocast_dtype
+from frodkernels.functional._common import autocast_dtype, autocast_off
 from frodkernels.functional.householder import householder
 from frodkernels.functional.hra import hra_linear
 from frodkernels.nn.hra import corrected, plain_linear, watched, zero_columns
@@ -51,10 +51,11 @@ class FastHRA(_Layer):
         The Gram-Schmidt basis of an adapter with ``apply_GS`` is orthonormal: its reflections are a chain like any.
         """
         parts = []
-        for name in names:
-            u = self.hra_u[name].to(device, dtype)
-            parts.append(gram_schmidt(u) if self.hra_apply_GS[name] else u)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        with autocast_off(self.hra_u[names[0]]):
+            for name in names:
+                u = self.hra_u[name].to(device, dtype)
+                parts.append(gram_schmidt(u) if self.hra_apply_GS[name] else u)
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _adapted(self, x: Tensor, u: Tensor | None, args: tuple, kwargs: dict) -> Tensor:
         raise NotImplementedError

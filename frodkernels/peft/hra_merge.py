@@ -55,7 +55,7 @@ def bits_of(weight: Tensor) -> tuple[int, int]:
     for chunk in flat.split(_CHUNK):
         place = 2 * torch.arange(chunk.numel(), device=weight.device) + 1
         exact = chunk.to(torch.int64)
-        total = 31 * total + torch.stack([exact.sum(), (exact * place).sum()])
+        total = 31 * total + torch.stack([exact.sum(), (exact * exact * place).sum()])
     first, second = total.tolist()
     return first, second
 

@@ -109,7 +109,8 @@ class _HRATuner:
 
     def release(self, module: Any) -> None:
         """What this package merged is unmerged, bit for bit; what PEFT merged stays as PEFT left it."""
-        module._put_back()
+        if module.__dict__.get("_merged_from") is not None:
+            module.unmerge()
 
     def drop_weights(self, module: Any) -> None:
         pass

@@ -85,7 +85,10 @@ def test_convolutions_of_one_dtype(dtype):
 
 @pytest.mark.parametrize("dtype, param_dtype", MIXED, ids=str)
 def test_convolutions_with_float32_directions(dtype, param_dtype):
-    """Filters, coefficients and their product are rounded, as is the layer's own result; PEFT rounds once."""
+    """The correction is as precise as u; the layer's own result is rounded before it, where PEFT rounds once.
+
+    Of dx the two parts are rounded and so is their sum.
+    """
     case = make_conv(48, 64, (3, 3), 8, (4, 12, 12), dtype=dtype, param_dtype=param_dtype, stride=2, padding=1)
-    ours, theirs = errors(case)[0]
-    assert ours <= 1.75 * theirs
+    for (ours, theirs), bar in zip(errors(case), (1.5, 2.0, 1.5), strict=True):
+        assert ours <= bar * theirs

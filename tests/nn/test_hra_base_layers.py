@@ -133,3 +133,13 @@ def test_training_with_the_penalty_learns_a_rotation():
         (loss + 1e-4 * fk.orthogonality_penalty(layer.u)).backward()
         optimizer.step()
     assert curve[-1] < 0.2 * curve[0]
+
+
+@pytest.mark.parametrize("base", [nn.Linear(16, 8), nn.Conv2d(3, 4, 3)], ids=["linear", "conv"])
+def test_merging_under_autocast_rounds_nothing(base):
+    make = fk.nn.HRALinear.from_linear if isinstance(base, nn.Linear) else fk.nn.HRAConv2d.from_conv2d
+    layer = make(base, 5)
+    want = layer.merge().weight
+    with torch.autocast("cpu", torch.bfloat16):
+        got = layer.merge().weight
+    assert got.dtype == want.dtype and torch.equal(got, want)

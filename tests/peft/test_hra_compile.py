@@ -18,6 +18,21 @@ def fresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("padding", [1, "same", "valid"])
+def test_a_mixed_convolution_is_one_graph(padding):
+    """float32 directions over 16 bits, PEFT's default."""
+    weight, x16 = torch.randn(4, 3, 3, 3).bfloat16(), torch.randn(2, 3, 8, 8).bfloat16().requires_grad_()
+    u = torch.randn(27, 5, requires_grad=True)
+
+    def adapted(x, u):
+        return fk.hra_conv2d(x, weight, u, padding=padding)
+
+    got, want = torch.compile(adapted, backend="aot_eager", fullgraph=True)(x16, u), adapted(x16, u)
+    close(got, want, 1e-5)
+    for ours, eager in zip(*(torch.autograd.grad(y.sum(), (x16, u)) for y in (got, want)), strict=True):
+        close(ours, eager, 1e-5)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval", "two adapters, Gram-Schmidt", "16 bits"])
 def test_one_graph(mode):
     base = Tiny(blocks=1)
