@@ -77,7 +77,9 @@ modelled; `make bench` repeats them on your machine.
   **LoRA**: PEFT's LoRA at the same shape. It computes another map: context, not competition.
 * **HRA**: plain torch is the compact WY form `x - ((x u) S⁻ᵀ) uᵀ` before the base layer with autograd through
   `solve_triangular`, and beside it the same with u S⁻ᵀ formed first; torch.compile is of the former. frodkernels is
-  `side="auto"`; its two sides stand beside it. The **overhead** is the median time above the floor.
+  `side="auto"`; its two sides stand beside it. The **overhead** is the median time above the floor. The floor is
+  torch's own layer: where torch multiplies float32 slowly, on AMD CPUs, frodkernels takes oneDNN's product instead of
+  MKL's and ends below it. That part of the difference is the library's, not the kernels'.
 * Every answer was compared with float64 first; a wrong one gets no time. Entries of S are nonzero. In 16-bit rows x,
   U, V and the bias have 16 bits and FRoD's trained parameters 32; HRA's u (LoRA's A and B) has the 16 bits of x, or 32
   where that is said: what PEFT trains in.

@@ -28,6 +28,7 @@ SMALL_BLOCK = 128  # features of a block of the tensor-core plan; the device's o
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # these compute nothing on a device
 NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles", "native_tile_block", "native_why_not"}
+NOT_CALLED |= {f"native_reflections{which}" for which in ("", "_again", "_gradient")}  # there for the CPU alone
 
 
 def native_ops(device: str) -> list[str]:

@@ -108,8 +108,13 @@ class _HRATuner:
         return None
 
     def release(self, module: Any) -> None:
-        """What this package merged is unmerged, bit for bit; what PEFT merged stays as PEFT left it."""
-        if module.__dict__.get("_merged_from") is not None:
+        """What this package merged is unmerged, bit for bit; what PEFT merged stays as PEFT left it.
+
+        A weight that was overwritten since is unmerged as PEFT does it, by arithmetic, all of its adapters.
+        """
+        made_from = module.__dict__.get("_merged_from")
+        module._put_back()
+        if made_from is not None and len(module.merged_adapters) > len(made_from.before):
             module.unmerge()
 
     def drop_weights(self, module: Any) -> None:

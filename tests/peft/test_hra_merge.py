@@ -10,7 +10,7 @@ import torch
 
 import frodkernels as fk
 from tests.peft.hra_models import Images, all_equal, base_weights, hra, images, layers, shake, twins, two
-from tests.peft.models import Tiny, close, x
+from tests.peft.models import IN, Tiny, close, x
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODELS = [(Tiny, x), (Images, images)]
@@ -296,3 +296,26 @@ def test_the_saved_state_is_pefts():
     assert list(a) == list(b)
     for key in a:
         close(a[key], b[key])
+
+
+def test_restoring_a_merged_weight_that_was_overwritten_unmerges_it():
+    """By arithmetic then: what it was made from is no longer what would come back."""
+    model = hra(Tiny(blocks=1))
+    fk.peft.accelerate(model)
+    model.base_model.merge_adapter()
+    layer = next(module for module in model.modules() if hasattr(module, "hra_u"))
+    with torch.no_grad():
+        layer.get_base_layer().weight[0, 0] += 1e-3
+    fk.peft.restore(model)
+    assert not layer.merged and type(layer).__module__.startswith("peft.")
+
+
+def test_several_16_bit_adapters_under_autocast_of_another_16_bits():
+    model, _ = two(Tiny(blocks=1))
+    model.base_model.set_adapter(["default", "other"])
+    fk.peft.accelerate(model)
+    for module in model.modules():
+        if hasattr(module, "hra_u"):
+            module.hra_u["default"].data = module.hra_u["default"].data.half()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model.base_model.model(x(4, IN))).all()
