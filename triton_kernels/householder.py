@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from frodkernels.reference.householder import accumulator
+from frodkernels.reference.sparse_core import accumulator
 
 from ._config import (
     FLAT,

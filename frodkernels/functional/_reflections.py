@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chained Householder reflections in compact form: what is r-sized, in plain torch.
+"""Chained Householder reflections in compact form: the factors that the products with tokens need.
 
 With unit columns q_i = u_i / |u_i|, G = q^T q and the upper triangular S = striu(G) + diag(G) / 2:
 ``H_1 ... H_r = I - q S^-1 q^T`` exactly (the WY form; S + S^T = G is what makes it orthogonal). So x H is two
@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from frodkernels.functional._common import check_tensor
 from frodkernels.ops import reflections as ops
-from frodkernels.reference.householder import accumulator
 from frodkernels.reference.reflections import inner, product
+from frodkernels.reference.sparse_core import accumulator
 
 
 class Reflections:

@@ -11,7 +11,7 @@ from torch import Tensor
 from frodkernels.functional._common import autocast_dtype, autocast_off, check_tensor, first_order, without_autocast
 from frodkernels.functional._reflections import Reflections, check_reflections, rounds, warn_if_deficient
 from frodkernels.ops import householder as ops
-from frodkernels.reference.householder import accumulator
+from frodkernels.reference.sparse_core import accumulator
 
 
 class Householder(torch.autograd.Function):

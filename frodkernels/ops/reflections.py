@@ -26,8 +26,7 @@ def _implementation(op: str, like: Tensor) -> Callable[..., Any]:
 
 
 def _reflections_fake(u, wide, transpose):
-    (n, r), sums = u.shape, reference.sums_dtype(u, wide)
-    kind = torch.float64 if u.dtype == torch.float32 else sums
+    (n, r), sums, kind = u.shape, reference.sums_dtype(u, wide), reference.kept_dtype(u, wide)
     sizes = ((n, r), sums), ((n, r), sums), ((r, r), kind), ((r,), kind)
     return tuple(u.new_empty(size, dtype=dtype) for size, dtype in sizes)
 

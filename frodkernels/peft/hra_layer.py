@@ -20,7 +20,7 @@ from frodkernels.nn.hra import corrected, plain_linear, watched, zero_columns
 from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.peft.hra_file import check_columns
 from frodkernels.peft.hra_merge import MergedFrom, bits_of, mergeable, plain_tensor, rotated, wide
-from frodkernels.reference.householder import accumulator
+from frodkernels.reference.sparse_core import accumulator
 
 logger = logging.getLogger("frodkernels")
 

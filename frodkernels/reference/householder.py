@@ -10,10 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def accumulator(x: Tensor, other: Tensor) -> torch.dtype:
-    """float64 when an operand is, float32 otherwise: what every backend sums in."""
-    return torch.float64 if torch.float64 in (x.dtype, other.dtype) else torch.float32
+from frodkernels.reference.sparse_core import accumulator
 
 
 def gram_schmidt(u: Tensor) -> Tensor:

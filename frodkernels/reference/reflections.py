@@ -28,6 +28,11 @@ def sums_dtype(u: Tensor, wide: bool) -> torch.dtype:
     return torch.float64 if wide or u.dtype == torch.float64 else torch.float32
 
 
+def kept_dtype(u: Tensor, wide: bool) -> torch.dtype:
+    """Of inverse and norms: float64 for float32 u too, since an error in them is an error of every token."""
+    return torch.float64 if u.dtype == torch.float32 else sums_dtype(u, wide)
+
+
 def unit_columns(u: Tensor, norms: Tensor) -> Tensor:
     """u [n, r] over its columns' lengths, in the lengths' dtype."""
     return (u.double() / norms).to(norms.dtype)
@@ -40,7 +45,7 @@ def reflections(u: Tensor, wide: bool, transpose: bool) -> tuple[Tensor, Tensor,
     in it.
     """
     sums = sums_dtype(u, wide)
-    kind = torch.float64 if u.dtype == torch.float32 else sums
+    kind = kept_dtype(u, wide)
     norms = torch.linalg.vector_norm(u, dim=0, dtype=torch.float64).to(kind)
     unit = unit_columns(u, norms)
     half = torch.triu(inner(unit, unit))

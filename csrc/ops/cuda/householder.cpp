@@ -3,7 +3,7 @@
 // native_householder, native_householder_backward and native_householder_gradient on CUDA tensors (and, in the
 // executor's build, on CPU tensors): check, bring operands into the kernels' layout, allocate, launch.
 //
-// Factors are never rounded to the tokens' 16 bits, even where that is allowed: the tensor cores take them in two
+// Factors are never rounded to the tokens' 16 bits, even where that is allowed: the tensor cores take them in several
 // parts. The tensor-core kernels serve 16-bit tokens whose rows start on 16 bytes; the fused multiply-add kernels the
 // rest.
 #include "cuda/householder.h"
