@@ -15,6 +15,9 @@
 // Types    storage f32, f64, bf16 or f16 of in, base, out, x; everything else in the accumulation type, f32, or f64
 //          for f64; one rounding at the end.
 //
+// Places   out may be base, and where there is no sum_in also in: what a block of features needs of them is read before
+//          it is written.
+//
 // Work     a task is a split: consecutive tiles of tokens. A tile's rows are read once from memory, for all results.
 // Order    sums run over features and tokens in an order fixed by shapes, tile and splits, never by the number of
 //          threads. Zeros that fill up vectors only ever meet lanes which are not stored.
@@ -49,6 +52,9 @@ struct Householder {
   bool joint = false;  // inᵀ saved belongs to sum_out; n_in = n_out
 
   int64_t tiles() const { return tile > 0 ? (T + tile - 1) / tile : 0; }
+  // Of split i, which ends where the next one begins.
+  int64_t first_tile(int64_t i) const { return tiles() * i / splits; }
+  int64_t first_token(int64_t i) const { return first_tile(i) * tile < T ? first_tile(i) * tile : T; }
 };
 
 struct HouseholderKernels {

@@ -24,7 +24,6 @@ constexpr int64_t kSpan = 64;                  // features of the update and the
 constexpr int64_t kPanel = 256;                // features of the input at a time: with their part of `left` in L1
 constexpr int64_t kPanelStride = kPanel + 32;  // rows a power of two apart would share cache sets
 
-int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / parts; }
 int64_t half_up(int64_t a) { return (a + 1) / 2; }
 
 __m512 add_pairs(__m512 sum, uint32_t pair, __m512i row) {
@@ -281,12 +280,13 @@ void run_tile(const Householder& a, const Workspace& work, int64_t split, int64_
     if (a.out.data != nullptr) fetch<true>(a.out, t0, count, f + width, next);
     if (a.out.data != nullptr && a.base.data != a.in.data) fetch<false>(a.base, t0, count, f + width, next);
     if (sums_out) fetch<false>(a.x, t0, count, f + width, next);
+    if (sums_out) {
+      pair_features(a.x, t0, count, f, width, work.features[0]);
+      if (a.joint) pair_features(a.in, t0, count, f, width, work.features[1]);
+      float* partial = static_cast<float*>(a.partial_out) + split * a.r * out_stride + f;
+      add_sums(work, 0, a.joint ? 2 : 1, count, a.r, width, partial, out_stride, fresh);
+    }
     if (a.out.data != nullptr) update(a, work, t0, count, f, width);
-    if (!sums_out) continue;
-    pair_features(a.x, t0, count, f, width, work.features[0]);
-    if (a.joint) pair_features(a.in, t0, count, f, width, work.features[1]);
-    float* partial = static_cast<float*>(a.partial_out) + split * a.r * out_stride + f;
-    add_sums(work, 0, a.joint ? 2 : 1, count, a.r, width, partial, out_stride, fresh);
   }
   for (int64_t f = 0; f < a.n_in && sums_in; f += kSpan) {
     const int64_t width = smaller(kSpan, a.n_in - f);
@@ -298,9 +298,8 @@ void run_tile(const Householder& a, const Workspace& work, int64_t split, int64_
 
 void run(const Householder& a, int64_t begin, int64_t end) {
   const Workspace work(a.tile, a.r);
-  const int64_t tiles = a.tiles();
   for (int64_t split = begin; split < end; ++split) {
-    const int64_t first = part(tiles, split, a.splits), last = part(tiles, split + 1, a.splits);
+    const int64_t first = a.first_tile(split), last = a.first_tile(split + 1);
     for (int64_t which = first; which < last; ++which) {
       const int64_t t0 = which * a.tile;
       run_tile(a, work, split, t0, smaller(a.tile, a.T - t0), which == first);

@@ -13,8 +13,6 @@ namespace {
 constexpr int64_t kPanel = 256;
 constexpr int kPanelStride = kPanel + 16;  // rows a power of two apart would share cache sets
 
-int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / parts; }
-
 // Features of the update and the sums at a time.
 template <typename W>
 constexpr int64_t kBlock = 2 * kColumns<W>;
@@ -44,14 +42,6 @@ struct Workspace {
     }
   }
 };
-
-// `count` features of a row as accumulators; whole vectors are written.
-template <typename S>
-inline void widen_row(const typename S::scalar* from, typename Wide<S>::scalar* to, int64_t count) {
-  int64_t i = 0;
-  for (; i + S::kVecLanes <= count; i += S::kVecLanes) store(to + i, widen<S>(from + i));
-  if (i < count) store(to + i, widen_some<S>(from + i, count - i));
-}
 
 // Coefficients of `count` tokens from t0, for a rank of at most half a vector: vectors run along the features, two
 // tokens at a time, whose sums over the lanes come out of one tree of shuffles as one vector.
@@ -300,11 +290,11 @@ void run_tile(const Householder& a, const Workspace<Wide<S>>& work, int64_t spli
   if (a.out.data != nullptr || partial_out != nullptr) {
     for (int64_t f = 0; f < a.n_out; f += kBlock<W>) {
       const int64_t width = smaller(kBlock<W>, a.n_out - f);
-      if (a.out.data != nullptr) update<S>(a, work, t0, count, f, width);
       if (partial_out != nullptr) {
         tile_sums<S>(a, work, {a.x, a.joint ? a.in : Rows{}}, {a.coefficients, a.saved}, t0, count, f, width,
                      partial_out + f, out_stride, fresh);
       }
+      if (a.out.data != nullptr) update<S>(a, work, t0, count, f, width);
     }
   }
   if (partial_in != nullptr) {
@@ -318,9 +308,8 @@ void run_tile(const Householder& a, const Workspace<Wide<S>>& work, int64_t spli
 template <typename S>
 void run_as(const Householder& a, int64_t begin, int64_t end) {
   const Workspace<Wide<S>> work(a.tile, a.r);
-  const int64_t tiles = a.tiles();
   for (int64_t split = begin; split < end; ++split) {
-    const int64_t first = part(tiles, split, a.splits), last = part(tiles, split + 1, a.splits);
+    const int64_t first = a.first_tile(split), last = a.first_tile(split + 1);
     for (int64_t which = first; which < last; ++which) {
       const int64_t t0 = which * a.tile;
       run_tile<S>(a, work, split, t0, smaller(a.tile, a.T - t0), which == first);

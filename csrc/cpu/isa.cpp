@@ -9,6 +9,7 @@
 
 #include "householder.h"
 #include "isa.h"
+#include "reflections.h"
 #include "sparse_core.h"
 
 namespace frodkernels::cpu {
@@ -79,6 +80,11 @@ const Kernels& kernels(Isa isa) {
 
 const HouseholderKernels& householder_kernels(Isa isa) {
   static constexpr const HouseholderKernels* levels[] = FRODKERNELS_LEVELS(kHouseholderKernels);
+  return *levels[int(isa)];
+}
+
+const ReflectionKernels& reflection_kernels(Isa isa) {
+  static constexpr const ReflectionKernels* levels[] = FRODKERNELS_LEVELS(kReflectionKernels);
   return *levels[int(isa)];
 }
 

@@ -78,6 +78,24 @@ inline void narrow_some(typename S::Vec v, typename S::scalar* p, int64_t count)
   std::memcpy(p, all, size_t(count) * sizeof(all[0]));
 }
 
+// `count` elements of a row as accumulators, of which whole vectors are written; and back, exactly `count`.
+template <typename S>
+inline void widen_row(const typename S::scalar* from, typename Wide<S>::scalar* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + S::kVecLanes <= count; i += S::kVecLanes) store(to + i, widen<S>(from + i));
+  if (i < count) store(to + i, widen_some<S>(from + i, count - i));
+}
+template <typename S>
+inline void narrow_row(const typename Wide<S>::scalar* from, typename S::scalar* to, int64_t count) {
+  using Vec = typename S::Vec;
+  int64_t i = 0;
+  for (; i + S::kVecLanes <= count; i += S::kVecLanes) narrow<S>(load<Vec>(from + i), to + i);
+  if (i == count) return;
+  typename Wide<S>::scalar rest[S::kVecLanes] = {};
+  std::memcpy(rest, from + i, size_t(count - i) * sizeof(rest[0]));
+  narrow_some<S>(load<Vec>(rest), to + i, count - i);
+}
+
 // sum[i][v] += sum_k a[i * kRow + k * a_step] * b[k * b_step + lanes of v],   k < count; b is of storage type B
 template <typename B, int kRow, int M, int N, typename Vec, typename Acc>
 __attribute__((always_inline)) inline void multiply(const Acc* a, int64_t a_step, const typename B::scalar* b,

@@ -1,11 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Schemas of the ops on what is r-sized in a chain of reflections (frodkernels/ops/reflections.py has the formulas),
-// and the products of householder.cpp that they are made of.
+// Schemas of the ops on what is r-sized in a chain of reflections (frodkernels/ops/reflections.py has the formulas), and
+// of those that form it and use it in one call (frodkernels/ops/reflect.py).
 #pragma once
-#include <tuple>
-
-#include "tensors.h"
 
 namespace frodkernels::ops {
 
@@ -16,8 +13,11 @@ inline constexpr char kReflectionsAgainSchema[] =
 inline constexpr char kReflectionsGradientSchema[] =
     "native_reflections_gradient(Tensor u, Tensor unit, Tensor norms, Tensor sums, Tensor a, Tensor b) -> Tensor";
 
-// rows [n, k] times square [k, r], and aᵀb, on CPU tensors of float32 or float64.
-torch::stable::Tensor product_on_cpu(const torch::stable::Tensor& rows, const torch::stable::Tensor& square);
-torch::stable::Tensor inner_on_cpu(const torch::stable::Tensor& a, const torch::stable::Tensor& b);
+inline constexpr char kReflectSchema[] =
+    "native_reflect(Tensor x, Tensor u, bool transpose, bool rounded=False) -> (Tensor, Tensor, Tensor, Tensor)";
+// dx may be g itself.
+inline constexpr char kReflectBackwardSchema[] =
+    "native_reflect_backward(Tensor g, Tensor x, Tensor u, Tensor coefficients, Tensor inverse, Tensor norms, "
+    "Tensor(a!) dx, bool transpose, bool[2] needs, bool rounded=False) -> Tensor";
 
 }  // namespace frodkernels::ops

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from frodkernels.functional._common import check_tensor
+from frodkernels.ops import householder
+from frodkernels.ops import reflect as chains
 from frodkernels.ops import reflections as ops
 from frodkernels.reference.reflections import inner, product
 from frodkernels.reference.sparse_core import accumulator
@@ -80,9 +82,39 @@ class Reflections:
         return (dunit / self.norms).to(u.dtype)
 
 
-def rounds(x: Tensor, u: Tensor) -> bool:
-    """Whether u has x's own 16 bits: then products may round the factors to these, as plain PyTorch would."""
-    return x.dtype == u.dtype and x.element_size() == 2
+def reflect(x: Tensor, u: Tensor, transpose: bool, orthogonalize: bool) -> tuple[Tensor, list[Tensor]]:
+    """x H_1 ... H_r, or in reverse order, and what its backward needs besides x and u: C [T, r] first."""
+    if not orthogonalize:
+        out, *kept = chains.reflect(x, u, transpose)
+        return out, kept
+    chain = Reflections.of(u, x, transpose, True)
+    out, c = householder.householder(x, chain.left, chain.unit, None, chains.rounds(x, u))
+    return out, [c, chain.matrix, chain.norms, chain.unit]
+
+
+def reflect_backward(
+    g: Tensor,
+    x: Tensor | None,
+    u: Tensor,
+    kept: Sequence[Tensor | None],
+    transpose: bool,
+    needs: list[bool],
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(dx, du) from the gradient g of ``reflect``'s result; g's memory may become dx's with ``overwrite``.
+
+    x and C may be None where only dx is needed.
+    """
+    x = g if x is None else x
+    c, matrix, norms, *unit = [g if t is None else t for t in kept]
+    if not unit:
+        return chains.reflect_backward(g, x, u, (c, matrix, norms), transpose, needs, overwrite)
+    chain = Reflections(unit[0], 2 * unit[0], matrix, norms, True)
+    if not needs[1]:
+        return householder.householder(g, chain.left, chain.unit, None, chains.rounds(g, u))[0], u.new_empty(0)
+    factors = chain.left, chain.unit, None
+    dx, q, sums, _ = householder.householder_backward(g, x, c, *factors, needs, chains.rounds(g, u))
+    return dx, chain.gradient(u, sums, *((q, c) if transpose else (c, q)))
 
 
 def check_reflections(u: Tensor, n: int, orthogonalize: bool, name: str = "u") -> None:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from frodkernels.functional._common import autocast_dtype, autocast_off, check_tensor, first_order, without_autocast
-from frodkernels.functional._reflections import Reflections, check_reflections, rounds, warn_if_deficient
-from frodkernels.ops import householder as ops
+from frodkernels.functional._reflections import check_reflections, reflect, reflect_backward, warn_if_deficient
 from frodkernels.reference.sparse_core import accumulator
 
 
@@ -24,32 +23,27 @@ class Householder(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, u: Tensor, transpose: bool, orthogonalize: bool) -> Tensor:
-        chain = Reflections.of(u, x, transpose, orthogonalize)
-        out, c = ops.householder(x, chain.left, chain.unit, None, rounds(x, u))
+        out, (c, *kept) = reflect(flattened(x), u, transpose, orthogonalize)
         need_u = ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if need_u else None, u, c if need_u else None, *chain.saved())
+        ctx.save_for_backward(x if need_u else None, u, c if need_u else None, *kept)
         ctx.transpose = transpose
         ctx.dtype = x.dtype
-        return out
+        return out.view(x.shape)
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, c, *kept = ctx.saved_tensors
-        need_x, need_u = ctx.needs_input_grad[:2]
-        g = g.to(ctx.dtype)
-        chain = Reflections.again(u, g, kept, not ctx.transpose)
-        if not need_u:
-            return ops.householder(g, chain.left, chain.unit, None, rounds(g, u))[0], None, None, None
-        dx, q, sums, _ = ops.householder_backward(g, x, c, chain.left, chain.unit, None, [need_x, True], rounds(x, u))
-        du = chain.gradient(u, sums, *((q, c) if ctx.transpose else (c, q)))
-        return dx if need_x else None, du, None, None
+        x, u, *kept = ctx.saved_tensors
+        needs = list(ctx.needs_input_grad[:2])
+        rows = flattened(g.to(ctx.dtype))
+        dx, du = reflect_backward(rows, None if x is None else flattened(x), u, kept, ctx.transpose, needs)
+        return dx.view(g.shape) if needs[0] else None, du if needs[1] else None, None, None
 
 
-def flattened(x: Tensor, n: int) -> Tensor:
+def flattened(x: Tensor) -> Tensor:
     """x [..., n] as [T, n]."""
-    return x.reshape(-1 if n else x.shape[:-1].numel(), n)
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def check_input(x: Tensor, name: str = "x") -> int:
@@ -89,8 +83,7 @@ def householder(x: Tensor, u: Tensor, *, transpose: bool = False, orthogonalize:
         raise ValueError(f"u is on {u.device} but x is on {x.device}")
     if orthogonalize:
         warn_if_deficient(u)
-    x = x.to(autocast_dtype(x) or x.dtype)
-    return Householder.apply(flattened(x, n), u, transpose, orthogonalize).reshape(x.shape)
+    return Householder.apply(x.to(autocast_dtype(x) or x.dtype), u, transpose, orthogonalize)
 
 
 def orthogonality_penalty(u: Tensor) -> Tensor:

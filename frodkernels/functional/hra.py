@@ -16,10 +16,17 @@ from torch import Tensor
 
 from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
 from frodkernels.functional._gemm import linear, times
-from frodkernels.functional._reflections import Reflections, check_reflections, rounds, warn_if_deficient
+from frodkernels.functional._reflections import (
+    Reflections,
+    check_reflections,
+    reflect,
+    reflect_backward,
+    warn_if_deficient,
+)
 from frodkernels.functional.householder import check_input, flattened
 from frodkernels.functional.hra_side import SIDES, choose
 from frodkernels.ops import householder as ops
+from frodkernels.ops.reflect import rounds
 
 
 class HRAInput(torch.autograd.Function):
@@ -32,35 +39,29 @@ class HRAInput(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
-        chain = Reflections.of(u, x, True, orthogonalize)
-        reflected, c = ops.householder(x, chain.left, chain.unit, None, rounds(x, u))
-        kept = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        ctx.save_for_backward(x if kept else None, weight, u, c if kept else None, *chain.saved())
-        ctx.dtype = x.dtype
-        return linear(reflected, weight.to(x.dtype), bias)
+        reflected, (c, *kept) = reflect(flattened(x), u, True, orthogonalize)
+        _, need_weight, need_u = ctx.needs_input_grad[:3]
+        ctx.save_for_backward(x if need_weight or need_u else None, weight, u, c if need_u else None, *kept)
+        ctx.dtype, ctx.orthogonalize = x.dtype, orthogonalize
+        return linear(reflected, weight.to(x.dtype), bias).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @first_order
     @without_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, u, c, *kept = ctx.saved_tensors
+        x, weight, u, *kept = ctx.saved_tensors
         need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
-        g = g.to(ctx.dtype)
+        rows = flattened(g.to(ctx.dtype))
+        tokens = None if x is None else flattened(x)
         dx = dweight = du = None
-        if need_x or need_u or need_weight:
-            chain = Reflections.again(u, g, kept, False)
         if need_x or need_u:
-            into = times(g, weight.to(ctx.dtype))
-            if need_u:
-                factors = chain.left, chain.unit, None
-                dx, q, sums, _ = ops.householder_backward(into, x, c, *factors, [need_x, True], rounds(x, u))
-                du = chain.gradient(u, sums, q, c)
-            else:
-                dx = ops.householder(into, chain.left, chain.unit, None, rounds(into, u))[0]
+            into = times(rows, weight.to(ctx.dtype))
+            dx, du = reflect_backward(into, tokens, u, kept, True, [need_x, need_u], overwrite=True)
+            dx = dx.view(*g.shape[:-1], weight.shape[1]) if need_x else None
         if need_weight:
-            reflected = (x - c @ chain.unit.t()).to(ctx.dtype)
-            dweight = (g.t() @ reflected).to(weight.dtype)
-        return dx if need_x else None, dweight, du, g.sum(0) if need_bias else None, None
+            reflected, _ = reflect(flattened(x), u, True, ctx.orthogonalize)
+            dweight = (rows.t() @ reflected).to(weight.dtype)
+        return dx, dweight, du if need_u else None, rows.sum(0) if need_bias else None, None
 
 
 class HRAOutput(torch.autograd.Function):
@@ -73,13 +74,13 @@ class HRAOutput(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
-        W = weight.to(x.dtype)
-        y = linear(x, W, bias)
+        rows, W = flattened(x), weight.to(x.dtype)
+        y = linear(rows, W, bias)
         chain = Reflections.of(u, x, True, orthogonalize)
         _, b = ops.householder(W, chain.unit, None, None, rounds(x, u))
-        out, c = ops.householder(x, chain.left, b, y, rounds(x, u))
+        out, c = ops.householder(rows, chain.left, b, y, rounds(x, u))
         ctx.save_for_backward(x, weight, u, c, b, *chain.saved())
-        return out
+        return out.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @first_order
@@ -88,18 +89,19 @@ class HRAOutput(torch.autograd.Function):
         x, weight, u, c, b, *kept = ctx.saved_tensors
         need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
         chain = Reflections.again(u, x, kept, True)
-        g, W = g.to(x.dtype), weight.to(x.dtype)
+        rows, tokens, W = flattened(g.to(x.dtype)), flattened(x), weight.to(x.dtype)
         dx = dweight = du = None
         if need_x or need_u or need_weight:
             # without dx, x stands for a base that is not read
-            base, needs = times(g, W) if need_x else x, [need_x, need_u or need_weight]
-            left, right = chain.solved(b, False), chain.unit
-            dx, q, sum_x, sum_g = ops.householder_backward(g, x, c, left, right, base, needs, rounds(x, u))
+            base, needs = times(rows, W) if need_x else tokens, [need_x, need_u or need_weight]
+            factors = chain.solved(b, False), chain.unit
+            dx, q, sum_x, sum_g = ops.householder_backward(rows, tokens, c, *factors, base, needs, rounds(x, u))
+            dx = dx.view(x.shape) if need_x else None
             if need_u:
                 du = chain.gradient(u, sum_x + ops.householder_gradient(W, sum_g), q, c)
             if need_weight:
-                dweight = (g.t() @ x - (sum_g @ chain.unit.t()).to(x.dtype)).to(weight.dtype)
-        return dx if need_x else None, dweight, du, g.sum(0) if need_bias else None, None
+                dweight = (rows.t() @ tokens - (sum_g @ chain.unit.t()).to(x.dtype)).to(weight.dtype)
+        return dx, dweight, du, rows.sum(0) if need_bias else None, None
 
 
 def _check_layer(x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, n: int, orthogonalize: bool) -> None:
@@ -157,8 +159,6 @@ def hra_linear(
     dtype = autocast_dtype(x) or x.dtype
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    flat, m = flattened(x, n), weight.shape[0]
     if side == "auto":
-        side = choose(flat, m, u)
-    y = (HRAInput if side == "input" else HRAOutput).apply(flat, weight, u, bias, orthogonalize)
-    return y.reshape(*x.shape[:-1], m)
+        side = choose(x, weight.shape[0], u)
+    return (HRAInput if side == "input" else HRAOutput).apply(x, weight, u, bias, orthogonalize)
