@@ -29,6 +29,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # these compute nothing on a device
 NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles", "native_tile_block", "native_why_not"}
 NOT_CALLED |= {f"native_reflections{which}" for which in ("", "_again", "_gradient")}  # there for the CPU alone
+NOT_CALLED |= {"native_reflect", "native_reflect_backward"}  # likewise
 
 
 def native_ops(device: str) -> list[str]:

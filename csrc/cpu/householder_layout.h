@@ -118,6 +118,7 @@ void reduce_as(const void* source, void* target, int64_t splits, int64_t n, int6
   constexpr int kVec = W::kVecLanes, kDoubles = kBytes / 8, kParts = kVec / kDoubles;
   const acc* partial = static_cast<const acc*>(source);
   acc* total = static_cast<acc*>(target);
+  constexpr int kAhead = 256 / sizeof(acc);
   const int64_t stride = partial_stride(n);
   for (int64_t f = begin; f < end; f += kVec) {
     const int64_t features = smaller(kVec, end - f);
@@ -128,6 +129,7 @@ void reduce_as(const void* source, void* target, int64_t splits, int64_t n, int6
         vd sum[kParts] = {};
         for (int64_t s = 0; s < splits; ++s) {
           const acc* from = partial + (s * r + first + j) * stride + f;
+          __builtin_prefetch(from + kAhead);  // too many rows for the prefetchers of the hardware
 #pragma GCC unroll 2
           for (int k = 0; k < kParts; ++k) sum[k] += widen_to_double(from + k * kDoubles);
         }

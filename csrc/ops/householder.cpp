@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor> householder(const Tensor& x, const Tensor& left, cons
   }
   const cpu::HouseholderKernels& kernels = chosen_kernels(scalar_of(x, "x"), rounded);
   const int64_t T = x.size(0), r = left.size(1), m = right.has_value() ? right->size(0) : 0;
-  cpu::Householder a = problem(scalar_of(x, "x"), T, x.size(1), m, r);
+  cpu::Householder a = problem(scalar_of(x, "x"), T, x.size(1), m, r, false);
   Tensor coefficients = torch::stable::new_empty(x, {T, r}, type);
   Tensor out = right.has_value() ? torch::stable::new_empty(x, {T, m}) : torch::stable::new_empty(x, {0});
   const Tensor in = with_rows(x), from = base.has_value() ? with_rows(*base) : in;
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> householder_backward(const Tensor& g,
   }
   const cpu::HouseholderKernels& kernels = chosen_kernels(scalar_of(g, "g"), rounded);
   const int64_t T = g.size(0), m = g.size(1), n = x.size(1), r = left.size(1);
-  cpu::Householder a = problem(scalar_of(g, "g"), T, m, n, r);
+  cpu::Householder a = problem(scalar_of(g, "g"), T, m, n, r, needs[1]);
   Tensor dx = needs[0] ? torch::stable::new_empty(g, {T, n}) : torch::stable::new_empty(g, {0});
   Tensor q = torch::stable::new_empty(g, {T, r}, type);
   const Tensor in = with_rows(g), features = with_rows(x), from = base.has_value() ? with_rows(*base) : in;
@@ -134,7 +134,7 @@ Tensor householder_gradient(const Tensor& x, const Tensor& q) {
   if (type == ScalarType::Double && x.scalar_type() != type) return householder_gradient(torch::stable::to(x, type), q);
   const cpu::HouseholderKernels& kernels = cpu::householder_kernels(cpu::chosen_isa());
   const Tensor features = with_rows(x), factors = as_type(q, type, "q");
-  cpu::Householder a = problem(scalar_of(x, "x"), x.size(0), x.size(1), x.size(1), q.size(1));
+  cpu::Householder a = problem(scalar_of(x, "x"), x.size(0), x.size(1), x.size(1), q.size(1), true);
   a.n_in = 0;
   a.project = false;
   a.x = rows_of(features);

@@ -2,10 +2,11 @@
 //
 // How a call is cut into tasks and run on the kernels of csrc/cpu/householder.h, for the bindings that use them.
 //
-// How the tokens are cut follows from shapes alone, so results never depend on the threads. A tile's rows should stay in
-// L2 between the passes over them (kTileBytes); the factors are read once a tile. Partial sums: at least kSplits of
-// them, for parallelism; more for long inputs, whose sums would lose accuracy in one chain; fewer where they would hold
-// more than kPartialBytes.
+// How the tokens are cut follows from shapes alone, so results never depend on the threads. A tile's rows are read by
+// every pass over them: small tiles stay near (kTileBytes; measured best from 64 to 192 KiB on Zen 5). But factors and
+// partial sums are read once a tile, and above a rank of kLowRank sums outweigh the rows (kSumTileBytes). Partial sums:
+// at least kSplits of them, for parallelism; more for long inputs, whose sums would lose accuracy in one chain; fewer
+// where they would hold more than kPartialBytes.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -21,11 +22,12 @@
 namespace frodkernels::ops {
 
 inline constexpr int64_t kGrain = int64_t(1) << 17;  // multiply-adds a thread should have to be worth waking
-inline constexpr int64_t kTokenGroup = 12, kMostGroups = 4, kTileBytes = int64_t(512) << 10;
+inline constexpr int64_t kTokenGroup = 12, kMostGroups = 4, kLowRank = 16;
+inline constexpr int64_t kTileBytes = int64_t(128) << 10, kSumTileBytes = int64_t(512) << 10;
 inline constexpr int64_t kSplits = 8, kMostSplits = 64, kTokensInSplit = 128, kPartialBytes = int64_t(32) << 20;
 
-inline int64_t tile_tokens(int64_t T, int64_t row_bytes) {
-  const int64_t fitting = kTileBytes / (kTokenGroup * std::max<int64_t>(row_bytes, 1));
+inline int64_t tile_tokens(int64_t T, int64_t row_bytes, int64_t tile_bytes) {
+  const int64_t fitting = tile_bytes / (kTokenGroup * std::max<int64_t>(row_bytes, 1));
   const int64_t spread = T / (16 * kTokenGroup);  // many threads should each find one
   return kTokenGroup * std::clamp<int64_t>(std::min(fitting, spread), 1, kMostGroups);
 }
@@ -46,7 +48,7 @@ inline cpu::Scalar kind_of(torch::headeronly::ScalarType type) {
 
 // The tensor with unit stride along its rows.
 inline torch::stable::Tensor with_rows(const torch::stable::Tensor& t) {
-  return t.size(1) <= 1 || t.stride(1) == 1 ? t : torch::stable::contiguous(t);
+  return t.size(1) <= 1 || t.stride(1) == 1 ? t : as_contiguous(t);
 }
 
 inline cpu::Rows rows_of(const torch::stable::Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0)}; }
@@ -55,7 +57,7 @@ inline cpu::Rows rows_of(const torch::stable::Tensor& t) { return {const_cast<vo
 inline torch::stable::Tensor as_type(const torch::stable::Tensor& t, torch::headeronly::ScalarType type,
                                      const char* name) {
   scalar_of<cpu::Scalar>(t, name);  // refuses what is no floating-point type of ours
-  return torch::stable::contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
+  return as_contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 
 // Memory for one call, which its thread keeps for the next one unless it is a lot: fresh pages would cost as much as
@@ -164,15 +166,15 @@ inline void run(const cpu::Householder& a, const cpu::HouseholderKernels& kernel
   over_splits(a, [&](int64_t begin, int64_t end) { kernels.run(a, begin, end); });
 }
 
-// Products of tokens [T, n_in] alone, a task a tile.
-inline cpu::Householder problem(cpu::Scalar type, int64_t T, int64_t n_in, int64_t n_out, int64_t r) {
+// Products of tokens [T, n_in], and sums over them where there are to be any; a task a tile.
+inline cpu::Householder problem(cpu::Scalar type, int64_t T, int64_t n_in, int64_t n_out, int64_t r, bool sums) {
   cpu::Householder a;
   a.type = type;
   a.T = T;
   a.n_in = n_in;
   a.n_out = n_out;
   a.r = r;
-  a.tile = tile_tokens(T, bytes_of(type) * n_in);
+  a.tile = tile_tokens(T, bytes_of(type) * n_in, sums && r > kLowRank ? kSumTileBytes : kTileBytes);
   a.splits = a.tiles();
   return a;
 }

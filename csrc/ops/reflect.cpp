@@ -27,7 +27,7 @@ Tensor checked_directions(const Tensor& u, const Tensor& tokens, const char* nam
   scalar_of<Scalar>(u, "u");
   STD_TORCH_CHECK(u.scalar_type() != ScalarType::Double || tokens.scalar_type() == ScalarType::Double,
                   "u must not be float64 beside narrower tokens");
-  return torch::stable::contiguous(u);
+  return as_contiguous(u);
 }
 
 // The kernels' problem for these tokens, and the factors that it takes: `chain` forms them, packed as it goes.
@@ -36,11 +36,12 @@ struct Call {
   const Packed left, right;
   cpu::Householder problem;
 
-  Call(Chain& chain, const Tensor& tokens, int64_t r, Scalar sums, bool rounded)
+  Call(Chain& chain, const Tensor& tokens, int64_t r, Scalar kind, bool sums, bool rounded)
       : kernels(chosen_kernels(scalar_of<Scalar>(tokens, "tokens"), rounded)),
-        left(kernels, sums, true, chain.left(), tokens.size(1), r),
-        right(kernels, sums, false, chain.unit(), tokens.size(1), r),
-        problem(ops::problem(scalar_of<Scalar>(tokens, "tokens"), tokens.size(0), tokens.size(1), tokens.size(1), r)) {
+        left(kernels, kind, true, chain.left(), tokens.size(1), r),
+        right(kernels, kind, false, chain.unit(), tokens.size(1), r),
+        problem(ops::problem(scalar_of<Scalar>(tokens, "tokens"), tokens.size(0), tokens.size(1), tokens.size(1), r,
+                             sums)) {
     chain.form([&](int64_t begin, int64_t end) {
       left.pack(begin, end);
       right.pack(begin, end);
@@ -64,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reflect(const Tensor& x, const Tensor
   Chain chain(dense, wide);
   chain.measure(norms.mutable_data_ptr(), inverse.mutable_data_ptr());
   chain.prepare(norms.const_data_ptr(), inverse.const_data_ptr(), transpose);
-  Call call(chain, in, r, kind_of(sums), rounded);
+  Call call(chain, in, r, kind_of(sums), false, rounded);
   call.problem.coefficients = coefficients.mutable_data_ptr();
   call.write_to(out);
   run(call.problem, call.kernels);
@@ -89,9 +90,9 @@ Tensor reflect_backward(const Tensor& g, const Tensor& x, const Tensor& u, const
     STD_TORCH_CHECK(T <= 1 || n <= 1 || (dx.stride(1) == 1 && dx.stride(0) >= n), "dx must have rows of unit stride");
   }
   Chain chain(dense, wide);
-  const Tensor lengths = torch::stable::contiguous(norms), square = torch::stable::contiguous(inverse);
+  const Tensor lengths = as_contiguous(norms), square = as_contiguous(inverse);
   chain.prepare(lengths.const_data_ptr(), square.const_data_ptr(), !transpose);
-  Call call(chain, in, r, kind_of(sums), rounded);
+  Call call(chain, in, r, kind_of(sums), needs[1], rounded);
   cpu::Householder& a = call.problem;
   Tensor q = torch::stable::new_empty(g, {T, r}, sums);
   a.coefficients = q.mutable_data_ptr();
@@ -104,7 +105,7 @@ Tensor reflect_backward(const Tensor& g, const Tensor& x, const Tensor& u, const
   STD_TORCH_CHECK(x.scalar_type() == g.scalar_type(), "x must have the dtype of g");
   check_matrix(coefficients, "coefficients", T, r, g);
   STD_TORCH_CHECK(coefficients.scalar_type() == sums, "coefficients must have the dtype of the sums");
-  const Tensor features = with_rows(x), saved = torch::stable::contiguous(coefficients);
+  const Tensor features = with_rows(x), saved = as_contiguous(coefficients);
   a.joint = true;
   a.x = rows_of(features);
   a.saved = saved.const_data_ptr();

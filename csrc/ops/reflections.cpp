@@ -22,7 +22,7 @@ Tensor checked(const Tensor& t, const char* name, int64_t rows, int64_t columns)
   STD_TORCH_CHECK(t.dim() == 2 && (rows < 0 || t.size(0) == rows) && (columns < 0 || t.size(1) == columns), name,
                   " has the wrong shape");
   STD_TORCH_CHECK(t.size(1) > 0, name, " must have columns");
-  return torch::stable::contiguous(t);
+  return as_contiguous(t);
 }
 
 Tensor checked_sums(const Tensor& t, const char* name, int64_t rows, int64_t columns, ScalarType type) {
@@ -35,7 +35,7 @@ Tensor checked_norms(const Tensor& norms, int64_t r) {
   STD_TORCH_CHECK(norms.device().is_cpu() && norms.dim() == 1 && norms.size(0) == r, "norms must be [", r, "]");
   STD_TORCH_CHECK(norms.scalar_type() == ScalarType::Float || norms.scalar_type() == ScalarType::Double,
                   "norms must be float32 or float64");
-  return torch::stable::contiguous(norms);
+  return as_contiguous(norms);
 }
 
 // unit and left [n, r] from a chain that writes to them.

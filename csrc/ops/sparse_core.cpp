@@ -77,9 +77,9 @@ struct Slots {
   int64_t groups, nnz;
 
   Slots(const Tensor& ptr, const Tensor& index, const Tensor& order)
-      : indptr(torch::stable::contiguous(ptr)),
-        indices(torch::stable::contiguous(index)),
-        perm(torch::stable::contiguous(order)),
+      : indptr(as_contiguous(ptr)),
+        indices(as_contiguous(index)),
+        perm(as_contiguous(order)),
         groups(ptr.numel() - 1),
         nnz(index.numel()) {
     check_cpu(ptr, "indptr");
@@ -111,7 +111,7 @@ struct Parameters {
   Parameters(const Tensor& v, const OptionalTensor& l, const Slots& slots, int64_t n_in) : values(slots.nnz) {
     check_cpu(v, "values");
     check_vector(v, "values", slots.nnz);
-    const Tensor dense = torch::stable::contiguous(v);
+    const Tensor dense = as_contiguous(v);
     const Scalar type = scalar_of(v, "values");
     const void* data = dense.const_data_ptr();
     const bool good = slots.narrow() ? fill<uint16_t>(data, type, slots, n_in) : fill<int32_t>(data, type, slots, n_in);
@@ -120,7 +120,7 @@ struct Parameters {
     check_cpu(*l, "lam");
     check_vector(*l, "lam", slots.groups);
     STD_TORCH_CHECK(n_in == slots.groups, "lam needs a square pattern");
-    const Tensor diagonal = torch::stable::contiguous(*l);
+    const Tensor diagonal = as_contiguous(*l);
     const Scalar lam_type = scalar_of(*l, "lam");
     lam.resize(slots.groups);
     for (int64_t i = 0; i < slots.groups; ++i) lam[i] = read<Acc>(diagonal.const_data_ptr(), lam_type, i);

@@ -16,6 +16,11 @@ namespace frodkernels::ops {
 using OptionalTensor = std::optional<torch::stable::Tensor>;
 using OptionalTensors = std::optional<std::vector<torch::stable::Tensor>>;
 
+// `t` itself where it is contiguous: asking torch costs a call through its dispatcher.
+inline torch::stable::Tensor as_contiguous(const torch::stable::Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
 // The kernels' own name of a tensor's dtype: cpu::Scalar or cuda::Scalar.
 template <typename Scalar>
 Scalar scalar_of(const torch::stable::Tensor& t, const char* name) {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Householder(torch.autograd.Function):
 
 def flattened(x: Tensor) -> Tensor:
     """x [..., n] as [T, n]."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def check_input(x: Tensor, name: str = "x") -> int:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def costs(T: int, m: int, n: int, r: int, needs_x: bool, needs_u: bool) -> dict[
 def choose(x: Tensor, m: int, u: Tensor) -> str:
     """The side for x [..., n] and u [n, r]: the cheaper, or for 16-bit x the one that is as precise as u."""
     n, r = u.shape
-    T = NOMINAL_TOKENS if torch.compiler.is_compiling() else x.shape[:-1].numel()
+    T = NOMINAL_TOKENS if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
     grad = torch.is_grad_enabled()
     needs_x, needs_u = grad and x.requires_grad, grad and u.requires_grad
     if needs_u and x.element_size() == 2 and u.element_size() > 2:

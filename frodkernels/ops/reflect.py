@@ -33,7 +33,7 @@ def _native(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:
 
 
 def _direct(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:
-    """Likewise where nothing watches the call: going through Python's registration would cost as much as small layers."""
+    """Likewise where nothing watches the call. Python's registration would cost as much as a small product."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return None
     return _native(op, x, u) if type(x) in _PLAIN and type(u) in _PLAIN else None
@@ -83,7 +83,8 @@ def _backward_kernel(g, x, u, coefficients, inverse, norms, transpose, needs):
         return dx, native(g, x, u, coefficients, inverse, norms, dx, transpose, needs, rounds(g, u))
     unit, left = reflections.reflections_again(u, inverse, norms, g.dtype == torch.float64, not transpose)
     if not needs[1]:
-        return householder.householder(g, left, unit, None, rounds(g, u))[0], u.new_empty(0)
+        dx = householder.householder(g, left, unit, None, rounds(g, u))[0] if needs[0] else g.new_empty(0)
+        return dx, u.new_empty(0)
     dx, q, sums, _ = householder.householder_backward(g, x, coefficients, left, unit, None, needs, rounds(g, u))
     a, b = (q, coefficients) if transpose else (coefficients, q)
     return dx, reflections.reflections_gradient(u, unit, norms, sums, a, b)

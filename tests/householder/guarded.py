@@ -55,6 +55,10 @@ def call(dtype: torch.dtype, T: int, n: int, m: int, r: int, front: bool, gap: i
     unit = guarded(unit, front)
     rows = guarded(torch.randn(T, r, dtype=unit.dtype), front)
     native.native_reflections_gradient(u, unit, norms, unit, rows, rows)
+    g, c = tokens(n), guarded(torch.randn(T, r, dtype=unit.dtype), front)
+    native.native_reflect(x, u, True, rounded)
+    for dx in (tokens(n), g):
+        native.native_reflect_backward(g, x, u, c, guarded(inverse, front), norms, dx, True, [True, True], rounded)
     while mapped:
         libc.munmap(*mapped.pop())
 

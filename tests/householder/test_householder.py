@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import frodkernels as fk
-from frodkernels.functional import householder as functional
+from frodkernels.ops import householder as products
 from frodkernels.reference import householder as reference
 from tests.householder.cases import F64, Chain, assert_as_good_as_plain, assert_exact, close, gradient_like, make_chain
 from tests.support import DTYPE_IDS, DTYPES, LAYOUTS
@@ -246,16 +246,18 @@ def test_no_warning_where_asking_would_wait_for_a_device():
 def test_gradients_only_where_asked(wanted, orthogonalize, monkeypatch):
     """A frozen x costs no gradient, frozen directions cost no sum over the tokens."""
     asked, projected = [], []
-    real, forward = functional.ops.householder_backward, functional.ops.householder
-    monkeypatch.setattr(functional.ops, "householder_backward", lambda *a: asked.append(list(a[6])) or real(*a))
-    monkeypatch.setattr(functional.ops, "householder", lambda *a: projected.append(tuple(a[0].shape)) or forward(*a))
+    real, forward = products.householder_backward, products.householder
+    monkeypatch.setattr(products, "householder_backward", lambda *a: asked.append(list(a[6])) or real(*a))
+    monkeypatch.setattr(products, "householder", lambda *a: projected.append(tuple(a[0].shape)) or forward(*a))
     chain = make_chain(9, 4, 7)
     names = [name for name, want in zip(("x", "u"), wanted, strict=True) if want]
     leaves = chain.leaves(*names) if names else []
-    y = chain(orthogonalize=orthogonalize)
-    assert y.requires_grad == bool(names) and projected.count((7, 9)) == 1
+    with fk.backend("reference"):  # natively the products are one call
+        y = chain(orthogonalize=orthogonalize)
+        assert y.requires_grad == bool(names) and projected.count((7, 9)) == 1
+        if names:
+            y.square().sum().backward()
     if names:
-        y.square().sum().backward()
         exact = torch.autograd.grad(chain.exact(orthogonalize=orthogonalize).square().sum(), leaves)
         close([leaf.grad for leaf in leaves], list(exact))
     assert all(t.grad is None for name, t in chain.tensors().items() if name not in names)
