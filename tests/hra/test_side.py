@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import frodkernels as fk
 from frodkernels.functional import hra as functional
 from frodkernels.functional import hra_side
-from frodkernels.functional.hra_side import NOMINAL_TOKENS, PRECISE_SHARE, PRECISE_WORK, SIDES, choose, costs
+from frodkernels.functional.hra_side import NOMINAL_TOKENS, PRECISE_SHARE, PRECISE_WORK, SIDES, choose, costs, estimates
 from frodkernels.ops import householder as ops
 from tests.householder.cases import make_layer
 
@@ -78,10 +78,10 @@ def test_the_choice_is_the_cheapest():
         for needs_x, needs_u in NEEDS:
             x = torch.empty(T, n, device="meta", requires_grad=needs_x)
             u = torch.empty(n, 8, device="meta", requires_grad=needs_u)
-            cost = costs(T, m, n, 8, needs_x, needs_u)
+            cost = estimates(T, m, n, 8, needs_x, needs_u)
             assert cost[choose(x, m, u)] == min(cost.values())
             with torch.no_grad():
-                cost = costs(T, m, n, 8, False, False)
+                cost = estimates(T, m, n, 8, False, False)
                 assert cost[choose(x, m, u)] == min(cost.values())
 
 
@@ -99,9 +99,9 @@ def test_precise_gradients_where_they_cost_little(dtype, T, m, n, r):
     x = torch.empty(T, n, device="meta", dtype=dtype)
     u = torch.empty(n, r, device="meta", requires_grad=True)
     light = PRECISE_SHARE * T >= m or m * n * r <= PRECISE_WORK
-    cost = costs(T, m, n, r, False, True)
+    cost = estimates(T, m, n, r, False, True)
     assert choose(x, m, u) == ("output" if light else min(SIDES, key=cost.__getitem__))
-    cheapest = min(SIDES, key=costs(T, m, n, r, False, False).__getitem__)
+    cheapest = min(SIDES, key=estimates(T, m, n, r, False, False).__getitem__)
     assert choose(x, m, u.detach()) == cheapest  # no gradient, no matter
     assert choose(x, m, u.to(dtype)) == choose(x.float(), m, u) == min(SIDES, key=cost.__getitem__)
 
