@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The passes of reflections.h for one ISA level. Elementwise ones take kLanes rows at a time: a whole number of vectors,
-// whatever r, over which the factors of the columns repeat.
-#include "reflections.h"
-
+// The passes of reflections.h for one ISA level. Elementwise ones take kLanes rows at a time: a whole number of
+// vectors, whatever r, over which the factors of the columns repeat.
 #include "products.h"
+#include "reflections.h"
 #include "scratch.h"
 
 namespace frodkernels::cpu::FRODKERNELS_ISA {

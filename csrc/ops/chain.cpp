@@ -83,8 +83,8 @@ Chain::Chain(const Tensor& u, bool wide, void* unit, void* left)
       sums_(kind_of(sums_type(u, wide))),
       n_(u.size(0)),
       r_(u.size(1)),
-      memory_(Scratch::kReflections,
-              aligned(r_ * cpu::row_stride(r_) * 8) + 2 * aligned(n_ * r_ * 8) + 2 * aligned(n_ * r_ * bytes_of(sums_))),
+      memory_(Scratch::kReflections, aligned(r_ * cpu::row_stride(r_) * 8) + 2 * aligned(n_ * r_ * 8) +
+                                         2 * aligned(n_ * r_ * bytes_of(sums_))),
       factors_(size_t(r_)) {
   char* at = memory_.data();
   auto take = [&](int64_t bytes) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The factors of a chain of reflections on the CPU (frodkernels/ops/reflections.py has the formulas), formed block by
-// block of rows in memory that calls share: a call is a fraction of a layer's, and ten small ops of torch, each with its
-// own pass over [n, r] and its own waking of threads, would cost as much as the kernels that they prepare.
+// block of rows in memory that calls share: a call is a fraction of a layer's, and ten small ops of torch, each with
+// its own pass over [n, r] and its own waking of threads, would cost as much as the kernels that they prepare.
 #pragma once
 #include <cstdint>
 #include <vector>
@@ -20,7 +20,7 @@ class Chain {
   const Scratch memory_;
   char *unit_, *left_;  // [n, r] of kind
   char *unit_sums_, *left_sums_;
-  char* square_;  // [r][row_stride(r)]
+  char* square_;                 // [r][row_stride(r)]
   std::vector<double> factors_;  // 1 / |u_j|
   bool has_unit_ = false;
 

@@ -37,9 +37,7 @@ inline int64_t split_count(int64_t T, int64_t tiles, int64_t partial_bytes) {
   return std::min({tiles, std::clamp(T / kTokensInSplit, kSplits, kMostSplits), room});
 }
 
-inline int64_t bytes_of(cpu::Scalar type) {
-  return type == cpu::Scalar::kF64 ? 8 : type == cpu::Scalar::kF32 ? 4 : 2;
-}
+inline int64_t bytes_of(cpu::Scalar type) { return type == cpu::Scalar::kF64 ? 8 : type == cpu::Scalar::kF32 ? 4 : 2; }
 
 // float32 or float64, by its name in the kernels.
 inline cpu::Scalar kind_of(torch::headeronly::ScalarType type) {
@@ -51,7 +49,9 @@ inline torch::stable::Tensor with_rows(const torch::stable::Tensor& t) {
   return t.size(1) <= 1 || t.stride(1) == 1 ? t : as_contiguous(t);
 }
 
-inline cpu::Rows rows_of(const torch::stable::Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0)}; }
+inline cpu::Rows rows_of(const torch::stable::Tensor& t) {
+  return {const_cast<void*>(t.const_data_ptr()), t.stride(0)};
+}
 
 // `t` as contiguous `type`.
 inline torch::stable::Tensor as_type(const torch::stable::Tensor& t, torch::headeronly::ScalarType type,

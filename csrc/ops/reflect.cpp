@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// frodkernels::native_reflect and native_reflect_backward on CPU tensors: tokens through a chain of reflections, factors
-// and all, in one call.
+// frodkernels::native_reflect and native_reflect_backward on CPU tensors: tokens through a chain of reflections,
+// factors and all, in one call.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>

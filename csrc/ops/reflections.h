@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Schemas of the ops on what is r-sized in a chain of reflections (frodkernels/ops/reflections.py has the formulas), and
-// of those that form it and use it in one call (frodkernels/ops/reflect.py).
+// Schemas of the ops on what is r-sized in a chain of reflections (frodkernels/ops/reflections.py has the formulas),
+// and of those that form it and use it in one call (frodkernels/ops/reflect.py).
 #pragma once
 
 namespace frodkernels::ops {
