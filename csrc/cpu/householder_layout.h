@@ -35,7 +35,7 @@ int64_t left_size_as(int64_t n, int64_t r) {
 }
 
 // to[j][i] = from[i][j] for one vector of rows i, of which there are `rows` (zeros beyond), and `columns` columns.
-// `end`: of the memory behind `from`, which full vectors must not pass.
+// `end`: of the memory behind `from`, which full vectors must not pass (what lies there may be another thread's).
 template <typename W>
 inline void transpose(const typename W::scalar* from, int64_t from_stride, const typename W::scalar* end, int64_t rows,
                       int64_t columns, typename W::scalar* to, int64_t to_stride) {
@@ -76,7 +76,7 @@ void pack_left_as(const void* source, void* target, int64_t n, int64_t r, int64_
   const int64_t stride = left_stride<W>(n, r);
   if (low_rank<W>(r)) {
     for (int64_t i = begin; i < end; i += W::kVecLanes) {
-      transpose<W>(from + i * r, r, from + n * r, smaller(W::kVecLanes, n - i), r, to + i, stride);
+      transpose<W>(from + i * r, r, from + end * r, smaller(W::kVecLanes, n - i), r, to + i, stride);
       for (int64_t j = r; j < W::kVecLanes / 2; ++j) store(to + j * stride + i, typename W::Vec{});
     }
     return;
@@ -96,7 +96,7 @@ void pack_right_as(const void* source, void* target, int64_t n, int64_t r, int64
   for (int64_t i = begin; i < rounded_up(end, kColumns<W>); i += kVec) {
     acc* panel = to + i / kColumns<W> * kColumns<W> * r + i % kColumns<W>;
     if (i < n) {
-      transpose<W>(from + i * r, r, from + n * r, smaller(kVec, n - i), r, panel, kColumns<W>);
+      transpose<W>(from + i * r, r, from + end * r, smaller(kVec, n - i), r, panel, kColumns<W>);
     } else {
       for (int64_t j = 0; j < r; ++j) store(panel + j * kColumns<W>, typename W::Vec{});
     }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Register-blocked products over rows with unit stride, for one ISA level: a block of accumulators takes rank-one
-// updates, a few broadcast numbers times a few vectors. Every dense kernel here is made of `multiply`.
+// updates, a few broadcast numbers times a few vectors. The dense kernels are made of `multiply`.
 #pragma once
 #include <type_traits>
 

@@ -117,7 +117,7 @@ void scaled_difference(Scalar kind, const void* first_source, const void* second
   });
 }
 
-// [kRanks columns of a from j] x [kColumns of b from c]: whole vectors, whose lanes past r are not added.
+// kHere columns of a with kVectors vectors of columns of b: sums over the rows, whose lanes past r are not added.
 template <typename W, int kHere, int kVectors>
 void inner_block(const typename W::scalar* a, const typename W::scalar* b, int64_t step, int64_t rows, int64_t columns,
                  double* sums, int64_t stride) {

@@ -14,6 +14,7 @@ using torch::stable::Tensor;
 // Elements of [n, r], and multiply-adds, that a task of `measure` should have. The cut follows from shapes alone: sums
 // never depend on the threads.
 constexpr int64_t kElements = int64_t(1) << 15, kProducts = int64_t(1) << 18, kMostChunks = 16;
+constexpr int64_t kMostSums = int64_t(1) << 20;  // numbers of all tasks' [r, r]
 
 double read(Scalar kind, const void* from, int64_t i) {
   return kind == Scalar::kF64 ? static_cast<const double*>(from)[i] : double(static_cast<const float*>(from)[i]);
@@ -28,7 +29,8 @@ void write(Scalar kind, void* to, int64_t i, double x) {
 }
 
 int64_t chunks_of(int64_t rows, int64_t r) {
-  return std::clamp<int64_t>(std::max(rows * r / kElements, rows * r * r / kProducts), 1, kMostChunks);
+  const int64_t most = std::clamp<int64_t>(kMostSums / (r * r), 1, kMostChunks);
+  return std::clamp<int64_t>(std::max(rows * r / kElements, rows * r * r / kProducts), 1, most);
 }
 
 // f(chunk, first row, rows)

@@ -26,7 +26,6 @@ class Chain {
 
   const char* u_row(int64_t i) const;
   void form_block(int64_t begin, int64_t end);
-  void set_square(const std::vector<double>& square);
 
  public:
   // u [n, r], contiguous, on the CPU. What it is applied to is float64 if `wide`. Factors go to `unit` and `left`

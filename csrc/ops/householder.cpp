@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> householder_backward(const Tensor& g,
   a.x = rows_of(features);
   a.saved = saved.const_data_ptr();
   const int64_t widest = a.joint ? n : std::max(n, m);
-  a.splits = split_count(T, a.tiles(), r * widest * (type == ScalarType::Double ? 8 : 4));
+  a.splits = split_count(T, a.tiles(), r * widest * bytes_of(kind_of(type)));
   const Scalar kind = kind_of(type);
   const Sums of_x(kernels, kind, Scratch::kOutSums, a.splits, n, r);
   const Sums of_g(kernels, kind, Scratch::kInSums, a.splits, a.joint ? 0 : m, r);
@@ -139,7 +139,7 @@ Tensor householder_gradient(const Tensor& x, const Tensor& q) {
   a.project = false;
   a.x = rows_of(features);
   a.coefficients = const_cast<void*>(factors.const_data_ptr());
-  a.splits = split_count(a.T, a.tiles(), a.r * a.n_out * (type == ScalarType::Double ? 8 : 4));
+  a.splits = split_count(a.T, a.tiles(), a.r * a.n_out * bytes_of(kind_of(type)));
   const Sums sums(kernels, kind_of(type), Scratch::kOutSums, a.splits, a.n_out, a.r);
   a.partial_out = sums.data();
   run(a, kernels);

@@ -4,6 +4,7 @@
 // factors and all, in one call.
 #include <torch/csrc/stable/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -30,28 +31,29 @@ Tensor checked_directions(const Tensor& u, const Tensor& tokens, const char* nam
   return as_contiguous(u);
 }
 
-// The kernels' problem for these tokens, and the factors that it takes: `chain` forms them, packed as it goes.
+// The kernels' problem for these tokens, and the factors that it takes: `chain` forms them, packed as it goes. The
+// product with the right one is written to `out`, if there is one.
 struct Call {
   const cpu::HouseholderKernels& kernels;
-  const Packed left, right;
+  const Packed left;
+  std::optional<Packed> right;
   cpu::Householder problem;
 
-  Call(Chain& chain, const Tensor& tokens, int64_t r, Scalar kind, bool sums, bool rounded)
+  Call(Chain& chain, const Tensor& tokens, const Tensor* out, int64_t r, Scalar kind, bool sums, bool rounded)
       : kernels(chosen_kernels(scalar_of<Scalar>(tokens, "tokens"), rounded)),
         left(kernels, kind, true, chain.left(), tokens.size(1), r),
-        right(kernels, kind, false, chain.unit(), tokens.size(1), r),
         problem(ops::problem(scalar_of<Scalar>(tokens, "tokens"), tokens.size(0), tokens.size(1), tokens.size(1), r,
                              sums)) {
+    if (out != nullptr) right.emplace(kernels, kind, false, chain.unit(), tokens.size(1), r);
     chain.form([&](int64_t begin, int64_t end) {
       left.pack(begin, end);
-      right.pack(begin, end);
+      if (right.has_value()) right->pack(begin, end);
     });
     problem.left = left.data();
     problem.in = problem.base = rows_of(tokens);
-  }
-  void write_to(const Tensor& out) {
-    problem.out = rows_of(out);
-    problem.right = right.data();
+    if (out == nullptr) return;
+    problem.out = rows_of(*out);
+    problem.right = right->data();
   }
 };
 
@@ -65,9 +67,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reflect(const Tensor& x, const Tensor
   Chain chain(dense, wide);
   chain.measure(norms.mutable_data_ptr(), inverse.mutable_data_ptr());
   chain.prepare(norms.const_data_ptr(), inverse.const_data_ptr(), transpose);
-  Call call(chain, in, r, kind_of(sums), false, rounded);
+  Call call(chain, in, &out, r, kind_of(sums), false, rounded);
   call.problem.coefficients = coefficients.mutable_data_ptr();
-  call.write_to(out);
   run(call.problem, call.kernels);
   return {out, coefficients, inverse, norms};
 }
@@ -87,16 +88,16 @@ Tensor reflect_backward(const Tensor& g, const Tensor& x, const Tensor& u, const
   if (needs[0]) {
     check_matrix(dx, "dx", T, n, g);
     STD_TORCH_CHECK(dx.scalar_type() == g.scalar_type(), "dx must have the dtype of g");
-    STD_TORCH_CHECK(T <= 1 || n <= 1 || (dx.stride(1) == 1 && dx.stride(0) >= n), "dx must have rows of unit stride");
+    STD_TORCH_CHECK((n <= 1 || dx.stride(1) == 1) && (T <= 1 || dx.stride(0) >= n),
+                    "dx must have rows of unit stride, side by side");
   }
   Chain chain(dense, wide);
   const Tensor lengths = as_contiguous(norms), square = as_contiguous(inverse);
   chain.prepare(lengths.const_data_ptr(), square.const_data_ptr(), !transpose);
-  Call call(chain, in, r, kind_of(sums), needs[1], rounded);
+  Call call(chain, in, needs[0] ? &dx : nullptr, r, kind_of(sums), needs[1], rounded);
   cpu::Householder& a = call.problem;
   Tensor q = torch::stable::new_empty(g, {T, r}, sums);
   a.coefficients = q.mutable_data_ptr();
-  if (needs[0]) call.write_to(dx);
   if (!needs[1]) {
     run(a, call.kernels);
     return torch::stable::new_empty(u, {0});
@@ -109,7 +110,7 @@ Tensor reflect_backward(const Tensor& g, const Tensor& x, const Tensor& u, const
   a.joint = true;
   a.x = rows_of(features);
   a.saved = saved.const_data_ptr();
-  a.splits = split_count(T, a.tiles(), r * n * bytes_of(kind_of(sums)));
+  a.splits = split_count(T, a.tiles(), r * n * bytes_of(kind_of(sums)) + r * r * int64_t(sizeof(double)));
   const Sums of_x(call.kernels, kind_of(sums), Scratch::kOutSums, a.splits, n, r);
   a.partial_out = of_x.data();
   // dS, or its transpose, of each split

@@ -24,12 +24,12 @@ class Householder(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, u: Tensor, transpose: bool, orthogonalize: bool) -> Tensor:
-        out, (c, *kept) = reflect(flattened(x), u, transpose, orthogonalize)
+        out, (c, *kept) = reflect(x, u, transpose, orthogonalize)
         need_u = ctx.needs_input_grad[1]
         ctx.save_for_backward(x if need_u else None, u, c if need_u else None, *kept)
         ctx.transpose = transpose
         ctx.dtype = x.dtype
-        return out.view(x.shape)
+        return out
 
     @staticmethod
     @first_order
@@ -37,13 +37,15 @@ class Householder(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, u, *kept = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        rows = flattened(g.to(ctx.dtype))
-        dx, du = reflect_backward(rows, None if x is None else flattened(x), u, kept, ctx.transpose, needs)
-        return dx.view(g.shape) if needs[0] else None, du if needs[1] else None, None, None
+        dx, du = reflect_backward(g.to(ctx.dtype), x, u, kept, ctx.transpose, needs)
+        return dx if needs[0] else None, du if needs[1] else None, None, None
 
 
 def flattened(x: Tensor) -> Tensor:
-    """x [..., n] as [T, n]."""
+    """x [..., n] as [T, n].
+
+    Outside the Functions: a result that is a view inside of one could not be modified in place.
+    """
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -84,7 +86,9 @@ def householder(x: Tensor, u: Tensor, *, transpose: bool = False, orthogonalize:
         raise ValueError(f"u is on {u.device} but x is on {x.device}")
     if orthogonalize:
         warn_if_deficient(u)
-    return Householder.apply(x.to(autocast_dtype(x) or x.dtype), u, transpose, orthogonalize)
+    x = x.to(autocast_dtype(x) or x.dtype)
+    y = Householder.apply(flattened(x), u, transpose, orthogonalize)
+    return y if x.dim() == 2 else y.reshape(x.shape)
 
 
 def orthogonality_penalty(u: Tensor) -> Tensor:

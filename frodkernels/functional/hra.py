@@ -39,11 +39,11 @@ class HRAInput(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
-        reflected, (c, *kept) = reflect(flattened(x), u, True, orthogonalize)
+        reflected, (c, *kept) = reflect(x, u, True, orthogonalize)
         _, need_weight, need_u = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if need_weight or need_u else None, weight, u, c if need_u else None, *kept)
         ctx.dtype, ctx.orthogonalize = x.dtype, orthogonalize
-        return linear(reflected, weight.to(x.dtype), bias).view(*x.shape[:-1], weight.shape[0])
+        return linear(reflected, weight.to(x.dtype), bias)
 
     @staticmethod
     @first_order
@@ -51,17 +51,15 @@ class HRAInput(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, u, *kept = ctx.saved_tensors
         need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
-        rows = flattened(g.to(ctx.dtype))
-        tokens = None if x is None else flattened(x)
+        g = g.to(ctx.dtype)
         dx = dweight = du = None
         if need_x or need_u:
-            into = times(rows, weight.to(ctx.dtype))
-            dx, du = reflect_backward(into, tokens, u, kept, True, [need_x, need_u], overwrite=True)
-            dx = dx.view(*g.shape[:-1], weight.shape[1]) if need_x else None
+            into = times(g, weight.to(ctx.dtype))
+            dx, du = reflect_backward(into, x, u, kept, True, [need_x, need_u], overwrite=True)
         if need_weight:
-            reflected, _ = reflect(flattened(x), u, True, ctx.orthogonalize)
-            dweight = (rows.t() @ reflected).to(weight.dtype)
-        return dx, dweight, du if need_u else None, rows.sum(0) if need_bias else None, None
+            reflected, _ = reflect(x, u, True, ctx.orthogonalize)
+            dweight = (g.t() @ reflected).to(weight.dtype)
+        return dx if need_x else None, dweight, du if need_u else None, g.sum(0) if need_bias else None, None
 
 
 class HRAOutput(torch.autograd.Function):
@@ -74,13 +72,13 @@ class HRAOutput(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
-        rows, W = flattened(x), weight.to(x.dtype)
-        y = linear(rows, W, bias)
+        W = weight.to(x.dtype)
+        y = linear(x, W, bias)
         chain = Reflections.of(u, x, True, orthogonalize)
         _, b = ops.householder(W, chain.unit, None, None, rounds(x, u))
-        out, c = ops.householder(rows, chain.left, b, y, rounds(x, u))
+        out, c = ops.householder(x, chain.left, b, y, rounds(x, u))
         ctx.save_for_backward(x, weight, u, c, b, *chain.saved())
-        return out.view(*x.shape[:-1], weight.shape[0])
+        return out
 
     @staticmethod
     @first_order
@@ -89,19 +87,18 @@ class HRAOutput(torch.autograd.Function):
         x, weight, u, c, b, *kept = ctx.saved_tensors
         need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
         chain = Reflections.again(u, x, kept, True)
-        rows, tokens, W = flattened(g.to(x.dtype)), flattened(x), weight.to(x.dtype)
+        g, W = g.to(x.dtype), weight.to(x.dtype)
         dx = dweight = du = None
         if need_x or need_u or need_weight:
             # without dx, x stands for a base that is not read
-            base, needs = times(rows, W) if need_x else tokens, [need_x, need_u or need_weight]
+            base, needs = times(g, W) if need_x else x, [need_x, need_u or need_weight]
             factors = chain.solved(b, False), chain.unit
-            dx, q, sum_x, sum_g = ops.householder_backward(rows, tokens, c, *factors, base, needs, rounds(x, u))
-            dx = dx.view(x.shape) if need_x else None
+            dx, q, sum_x, sum_g = ops.householder_backward(g, x, c, *factors, base, needs, rounds(x, u))
             if need_u:
                 du = chain.gradient(u, sum_x + ops.householder_gradient(W, sum_g), q, c)
             if need_weight:
-                dweight = (rows.t() @ tokens - (sum_g @ chain.unit.t()).to(x.dtype)).to(weight.dtype)
-        return dx, dweight, du, rows.sum(0) if need_bias else None, None
+                dweight = (g.t() @ x - (sum_g @ chain.unit.t()).to(x.dtype)).to(weight.dtype)
+        return dx if need_x else None, dweight, du, g.sum(0) if need_bias else None, None
 
 
 def _check_layer(x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, n: int, orthogonalize: bool) -> None:
@@ -159,6 +156,8 @@ def hra_linear(
     dtype = autocast_dtype(x) or x.dtype
     x = x.to(dtype)
     bias = None if bias is None else bias.to(dtype)
+    flat, m = flattened(x), weight.shape[0]
     if side == "auto":
-        side = choose(x, weight.shape[0], u)
-    return (HRAInput if side == "input" else HRAOutput).apply(x, weight, u, bias, orthogonalize)
+        side = choose(flat, m, u)
+    y = (HRAInput if side == "input" else HRAOutput).apply(flat, weight, u, bias, orthogonalize)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], m)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -46,13 +44,13 @@ def estimates(T: int, m: int, n: int, r: int, needs_x: bool, needs_u: bool) -> d
 
 
 def choose(x: Tensor, m: int, u: Tensor) -> str:
-    """The side for x [..., n] and u [n, r]: the cheaper, or for 16-bit x the one that is as precise as u."""
+    """The side for x [T, n] and u [n, r]: the cheaper, or for 16-bit x the one that is as precise as u."""
     n, r = u.shape
-    T = NOMINAL_TOKENS if torch.compiler.is_compiling() else math.prod(x.shape[:-1])
+    T = NOMINAL_TOKENS if torch.compiler.is_compiling() else x.shape[0]
     grad = torch.is_grad_enabled()
     needs_x, needs_u = grad and x.requires_grad, grad and u.requires_grad
     if needs_u and x.element_size() == 2 and u.element_size() > 2:
         if PRECISE_SHARE * T >= m or m * n * r <= PRECISE_WORK:
             return "output"
     times = estimates(T, m, n, r, needs_x, needs_u)
-    return min(SIDES, key=times.__getitem__)
+    return "input" if times["input"] <= times["output"] else "output"

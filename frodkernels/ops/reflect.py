@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """``frodkernels::reflect`` and ``reflect_backward``: tokens through a chain of reflections, factors and all.
 
-What ``reflections`` forms and ``householder`` applies, as one op each way: on the CPU one native call, in which a block
-of the factors is formed, packed and forgotten; elsewhere the ops it is made of.
+What ``reflections`` forms and ``householder`` applies, as one op each way: on the CPU one native call, which forms and
+packs the factors block by block; elsewhere the ops it is made of.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from frodkernels.ops import householder, reflections
 from frodkernels.reference.reflections import kept_dtype, sums_dtype
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_modes_before_dispatch: Callable[[], int] = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
 
 
 def rounds(x: Tensor, u: Tensor) -> bool:
@@ -34,7 +35,7 @@ def _native(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:
 
 def _direct(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:
     """Likewise where nothing watches the call. Python's registration would cost as much as a small product."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _modes_before_dispatch() > 0:
         return None
     return _native(op, x, u) if type(x) in _PLAIN and type(u) in _PLAIN else None
 
@@ -133,6 +134,6 @@ def reflect_backward(
     native = _direct("reflect_backward", g, u)
     if native is None:
         return torch.ops.frodkernels.reflect_backward(g, x, u, *kept, transpose, needs)
-    in_place = overwrite and needs[0] and g.is_contiguous()
-    dx = g if in_place else torch.empty(g.shape if needs[0] else 0, dtype=g.dtype)
+    in_place = overwrite and needs[0] and g.is_contiguous() and not g.is_neg()
+    dx = g if in_place else g.new_empty(g.shape if needs[0] else 0)
     return dx, native(g, x, u, *kept, dx, transpose, needs, rounds(g, u))

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import frodkernels as fk
@@ -79,7 +80,7 @@ def test_dx_may_be_written_over_g(isa, dtype, kind):
 
 
 def test_nobody_elses_gradient_is_overwritten():
-    """A functions's own gradient is autograd's, and may be needed elsewhere."""
+    """A function's own gradient is autograd's, and may be needed elsewhere."""
     x, g, u = operands(20, 12, 4, F32, F32)
     before = g.clone()
     leaves = x.requires_grad_(), u.requires_grad_()
@@ -169,6 +170,23 @@ def test_a_mode_that_watches_sees_the_op():
         got = called(x, g, u, True, overwrite=True)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert {"frodkernels::reflect", "frodkernels::reflect_backward"} <= set(seen)
+
+
+def test_traces_hold_the_op_that_runs_without_numbers():
+    """Also a trace from before dispatch, and also of real tensors: the native op has no shape function."""
+    x, _, u = operands(9, 12, 5, F32, F32)
+    for mode, before in itertools.product(("real", "fake", "symbolic"), (False, True)):
+        traced = make_fx(lambda x, u: fk.householder(x, u), tracing_mode=mode, pre_dispatch=before)(x, u)
+        assert torch.ops.frodkernels.reflect.default in {node.target for node in traced.graph.nodes}
+        assert traced(x.to("meta"), u.to("meta")).shape == x.shape
+
+
+def test_the_default_device_is_not_asked():
+    x, g, u = operands(9, 12, 5, F32, F32)
+    want = called(x, g, u, True)
+    with torch.device("meta"):
+        got = called(x, g, u, True)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_a_zero_column_is_nan_and_other_numbers_stay():
