@@ -13,7 +13,6 @@
 namespace frodkernels::cpu::FRODKERNELS_ISA {
 namespace {
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t rounded_up(int64_t a, int64_t unit) { return (a + unit - 1) / unit * unit; }
 
 template <typename W>

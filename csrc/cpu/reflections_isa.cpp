@@ -9,8 +9,6 @@
 namespace frodkernels::cpu::FRODKERNELS_ISA {
 namespace {
 
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // f(storage type) for `type`.
 template <typename F>
 void by_type(Scalar type, F f) {
@@ -52,23 +50,27 @@ void over_groups(int64_t rows, int64_t r, F f) {
   for (int64_t i = 0; i < all; i += group) f(i, smaller(group, all - i));
 }
 
-void squares(Scalar type, const void* source, int64_t rows, int64_t r, double* sums) {
+// Likewise f(first element, elements, them as accumulators), which may be in `room`.
+template <typename F>
+void over_wide_groups(Scalar type, const void* source, int64_t rows, int64_t r, double* room, F f) {
   by_type(type, [&](auto storage) {
     using S = decltype(storage);
-    using acc = typename Wide<S>::scalar;
-    const auto* u = static_cast<const typename S::scalar*>(source);
-    const int64_t group = kLanes * r;
-    double* held = buffers(2 * group + kLanes);
-    acc* wide = reinterpret_cast<acc*>(held + group);
-    for (int64_t i = 0; i < group; ++i) held[i] = 0;
-    over_groups(rows, r, [&](int64_t first, int64_t count) {
-      const acc* x = widened<S>(u + first, wide, count);
-      for (int64_t i = 0; i < count; ++i) held[i] += double(x[i]) * double(x[i]);
-    });
-    for (int64_t i = 0; i < group; i += r) {
-      for (int64_t j = 0; j < r; ++j) sums[j] += held[i + j];
-    }
+    const auto* from = static_cast<const typename S::scalar*>(source);
+    auto* wide = reinterpret_cast<typename Wide<S>::scalar*>(room);
+    over_groups(rows, r, [&](int64_t first, int64_t count) { f(first, count, widened<S>(from + first, wide, count)); });
   });
+}
+
+void squares(Scalar type, const void* u, int64_t rows, int64_t r, double* sums) {
+  const int64_t group = kLanes * r;
+  double* held = buffers(2 * group + kLanes);
+  for (int64_t i = 0; i < group; ++i) held[i] = 0;
+  over_wide_groups(type, u, rows, r, held + group, [&](int64_t, int64_t count, const auto* x) {
+    for (int64_t i = 0; i < count; ++i) held[i] += double(x[i]) * double(x[i]);
+  });
+  for (int64_t i = 0; i < group; i += r) {
+    for (int64_t j = 0; j < r; ++j) sums[j] += held[i + j];
+  }
 }
 
 // The factors of a group of rows, in `to`.
@@ -76,22 +78,15 @@ void repeat(const double* factors, int64_t r, double* to) {
   for (int64_t i = 0; i < kLanes; ++i) std::memcpy(to + i * r, factors, size_t(r) * sizeof(double));
 }
 
-void scale(Scalar type, const void* source, const double* factors, Scalar kind, void* target, int64_t rows, int64_t r) {
-  by_type(type, [&](auto storage) {
-    using S = decltype(storage);
-    using acc = typename Wide<S>::scalar;
-    const auto* u = static_cast<const typename S::scalar*>(source);
-    const int64_t group = kLanes * r;
-    double* repeated = buffers(2 * group + kLanes);
-    acc* wide = reinterpret_cast<acc*>(repeated + group);
-    repeat(factors, r, repeated);
-    by_kind(kind, [&](auto result) {
-      using out = typename decltype(result)::scalar;
-      out* to = static_cast<out*>(target);
-      over_groups(rows, r, [&](int64_t first, int64_t count) {
-        const acc* x = widened<S>(u + first, wide, count);
-        for (int64_t i = 0; i < count; ++i) to[first + i] = out(double(x[i]) * repeated[i]);
-      });
+void scale(Scalar type, const void* u, const double* factors, Scalar kind, void* target, int64_t rows, int64_t r) {
+  const int64_t group = kLanes * r;
+  double* repeated = buffers(2 * group + kLanes);
+  repeat(factors, r, repeated);
+  by_kind(kind, [&](auto result) {
+    using out = typename decltype(result)::scalar;
+    out* to = static_cast<out*>(target);
+    over_wide_groups(type, u, rows, r, repeated + group, [&](int64_t first, int64_t count, const auto* x) {
+      for (int64_t i = 0; i < count; ++i) to[first + i] = out(double(x[i]) * repeated[i]);
     });
   });
 }

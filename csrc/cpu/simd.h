@@ -43,6 +43,8 @@ using vu = uint32_t __attribute__((vector_size(kBytes)));
 using vi = int32_t __attribute__((vector_size(kBytes)));
 using vl = int64_t __attribute__((vector_size(kBytes)));
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min would be a symbol shared by levels
+
 template <typename V, typename T>
 inline V load(const T* p) {  // any alignment
   V v;

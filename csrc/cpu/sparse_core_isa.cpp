@@ -8,8 +8,6 @@
 
 namespace frodkernels::cpu::FRODKERNELS_ISA {
 
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min would be a symbol shared by levels
-
 // Start of range `i` of `parts` nearly equal ones.
 static int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / parts; }
 
