@@ -36,9 +36,9 @@ def _onednn_is_faster() -> bool:
 
 
 def _through_onednn(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
+    if x.dtype != torch.float32 or weight.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor):
         return False
     large = x.shape[0] >= _FEWEST_ROWS and x.shape[0] * weight.numel() >= _LEAST_WORK
     return large and bool(torch.backends.mkldnn.enabled) and _onednn_is_faster()

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frodkernels.functional._common import autocast_dtype, autocast_off, check_tensor, first_order, without_autocast
+from frodkernels.functional._common import (
+    as_dtype,
+    autocast_dtype,
+    autocast_off,
+    check_tensor,
+    first_order,
+    without_autocast,
+)
 from frodkernels.functional._reflections import check_reflections, reflect, reflect_backward, warn_if_deficient
 from frodkernels.reference.sparse_core import accumulator
 
@@ -37,7 +44,7 @@ class Householder(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, u, *kept = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[:2])
-        dx, du = reflect_backward(g.to(ctx.dtype), x, u, kept, ctx.transpose, needs)
+        dx, du = reflect_backward(as_dtype(g, ctx.dtype), x, u, kept, ctx.transpose, needs)
         return dx if needs[0] else None, du if needs[1] else None, None, None
 
 
@@ -86,7 +93,7 @@ def householder(x: Tensor, u: Tensor, *, transpose: bool = False, orthogonalize:
         raise ValueError(f"u is on {u.device} but x is on {x.device}")
     if orthogonalize:
         warn_if_deficient(u)
-    x = x.to(autocast_dtype(x) or x.dtype)
+    x = as_dtype(x, autocast_dtype(x) or x.dtype)
     y = Householder.apply(flattened(x), u, transpose, orthogonalize)
     return y if x.dim() == 2 else y.reshape(x.shape)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frodkernels.functional._common import autocast_dtype, check_tensor, first_order, without_autocast
+from frodkernels.functional._common import as_dtype, autocast_dtype, check_tensor, first_order, without_autocast
 from frodkernels.functional._gemm import linear, times
 from frodkernels.functional._reflections import (
     Reflections,
@@ -43,7 +43,7 @@ class HRAInput(torch.autograd.Function):
         _, need_weight, need_u = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if need_weight or need_u else None, weight, u, c if need_u else None, *kept)
         ctx.dtype, ctx.orthogonalize = x.dtype, orthogonalize
-        return linear(reflected, weight.to(x.dtype), bias)
+        return linear(reflected, as_dtype(weight, x.dtype), bias)
 
     @staticmethod
     @first_order
@@ -51,10 +51,10 @@ class HRAInput(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, u, *kept = ctx.saved_tensors
         need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
-        g = g.to(ctx.dtype)
+        g = as_dtype(g, ctx.dtype)
         dx = dweight = du = None
         if need_x or need_u:
-            into = times(g, weight.to(ctx.dtype))
+            into = times(g, as_dtype(weight, ctx.dtype))
             dx, du = reflect_backward(into, x, u, kept, True, [need_x, need_u], overwrite=True)
         if need_weight:
             reflected, _ = reflect(x, u, True, ctx.orthogonalize)
@@ -72,7 +72,7 @@ class HRAOutput(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, orthogonalize: bool) -> Tensor:
-        W = weight.to(x.dtype)
+        W = as_dtype(weight, x.dtype)
         y = linear(x, W, bias)
         chain = Reflections.of(u, x, True, orthogonalize)
         _, b = ops.householder(W, chain.unit, None, None, rounds(x, u))
@@ -87,7 +87,7 @@ class HRAOutput(torch.autograd.Function):
         x, weight, u, c, b, *kept = ctx.saved_tensors
         need_x, need_weight, need_u, need_bias = ctx.needs_input_grad[:4]
         chain = Reflections.again(u, x, kept, True)
-        g, W = g.to(x.dtype), weight.to(x.dtype)
+        g, W = as_dtype(g, x.dtype), as_dtype(weight, x.dtype)
         dx = dweight = du = None
         if need_x or need_u or need_weight:
             # without dx, x stands for a base that is not read
@@ -154,8 +154,8 @@ def hra_linear(
     if orthogonalize:
         warn_if_deficient(u)
     dtype = autocast_dtype(x) or x.dtype
-    x = x.to(dtype)
-    bias = None if bias is None else bias.to(dtype)
+    x = as_dtype(x, dtype)
+    bias = None if bias is None else as_dtype(bias, dtype)
     flat, m = flattened(x), weight.shape[0]
     if side == "auto":
         side = choose(flat, m, u)
