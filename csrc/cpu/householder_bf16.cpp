@@ -279,8 +279,8 @@ void run_tile(const Householder& a, const Workspace& work, int64_t split, int64_
     const int64_t width = smaller(kSpan, a.n_out - f), next = smaller(kSpan, a.n_out - f - width);
     if (a.out.data != nullptr) fetch<true>(a.out, t0, count, f + width, next);
     if (a.out.data != nullptr && a.base.data != a.in.data) fetch<false>(a.base, t0, count, f + width, next);
-    if (sums_out) fetch<false>(a.x, t0, count, f + width, next);
     if (sums_out) {
+      fetch<false>(a.x, t0, count, f + width, next);
       pair_features(a.x, t0, count, f, width, work.features[0]);
       if (a.joint) pair_features(a.in, t0, count, f, width, work.features[1]);
       float* partial = static_cast<float*>(a.partial_out) + split * a.r * out_stride + f;

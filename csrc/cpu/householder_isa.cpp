@@ -334,16 +334,7 @@ void pack_right(Scalar type, const void* from, void* to, int64_t n, int64_t r, i
 }
 
 void run(const Householder& a, int64_t begin, int64_t end) {
-  switch (a.type) {
-    case Scalar::kF32:
-      return run_as<F32>(a, begin, end);
-    case Scalar::kF64:
-      return run_as<F64>(a, begin, end);
-    case Scalar::kBF16:
-      return run_as<BF16>(a, begin, end);
-    case Scalar::kF16:
-      return run_as<F16>(a, begin, end);
-  }
+  by_storage(a.type, [&](auto storage) { run_as<decltype(storage)>(a, begin, end); });
 }
 
 void reduce(Scalar type, const void* partial, void* sum, int64_t splits, int64_t n, int64_t r, int64_t begin,

@@ -9,20 +9,7 @@
 namespace frodkernels::cpu::FRODKERNELS_ISA {
 namespace {
 
-// f(storage type) for `type`.
-template <typename F>
-void by_type(Scalar type, F f) {
-  switch (type) {
-    case Scalar::kF32:
-      return f(F32{});
-    case Scalar::kF64:
-      return f(F64{});
-    case Scalar::kBF16:
-      return f(BF16{});
-    case Scalar::kF16:
-      return f(F16{});
-  }
-}
+// by_storage for a `kind`.
 template <typename F>
 void by_kind(Scalar kind, F f) {
   return kind == Scalar::kF64 ? f(F64{}) : f(F32{});
@@ -53,7 +40,7 @@ void over_groups(int64_t rows, int64_t r, F f) {
 // Likewise f(first element, elements, them as accumulators), which may be in `room`.
 template <typename F>
 void over_wide_groups(Scalar type, const void* source, int64_t rows, int64_t r, double* room, F f) {
-  by_type(type, [&](auto storage) {
+  by_storage(type, [&](auto storage) {
     using S = decltype(storage);
     const auto* from = static_cast<const typename S::scalar*>(source);
     auto* wide = reinterpret_cast<typename Wide<S>::scalar*>(room);
@@ -99,7 +86,7 @@ void scaled_difference(Scalar kind, const void* first_source, const void* second
     const int64_t group = kLanes * r;
     double* repeated = buffers(2 * group + kLanes);
     repeat(factors, r, repeated);
-    by_type(type, [&](auto storage) {
+    by_storage(type, [&](auto storage) {
       using S = decltype(storage);
       using out = typename Wide<S>::scalar;
       auto* to = static_cast<typename S::scalar*>(target);

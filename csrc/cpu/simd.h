@@ -234,4 +234,19 @@ struct F64 {
   static void write(const Vec* v, scalar* to) { store(to, v[0]); }
 };
 
+// f(tag of the storage type)
+template <typename F>
+inline void by_storage(Scalar type, F f) {
+  switch (type) {
+    case Scalar::kF32:
+      return f(F32{});
+    case Scalar::kF64:
+      return f(F64{});
+    case Scalar::kBF16:
+      return f(BF16{});
+    case Scalar::kF16:
+      return f(F16{});
+  }
+}
+
 }  // namespace frodkernels::cpu::FRODKERNELS_ISA

@@ -277,27 +277,12 @@ static void backward_as(const Product& a, int64_t begin, int64_t end) {
       a, [&](auto n, auto index) { backward_tasks<S, n.value, decltype(index)>(a, begin, end); });
 }
 
-// run(storage type tag) for the type of `a`.
-template <typename F>
-static void by_storage(const Product& a, F run) {
-  switch (a.type) {
-    case Scalar::kF32:
-      return run(F32{});
-    case Scalar::kF64:
-      return run(F64{});
-    case Scalar::kBF16:
-      return run(BF16{});
-    case Scalar::kF16:
-      return run(F16{});
-  }
-}
-
 static void forward(const Product& a, int64_t begin, int64_t end) {
-  by_storage(a, [&](auto storage) { forward_as<decltype(storage)>(a, begin, end); });
+  by_storage(a.type, [&](auto storage) { forward_as<decltype(storage)>(a, begin, end); });
 }
 
 static void backward(const Product& a, int64_t begin, int64_t end) {
-  by_storage(a, [&](auto storage) { backward_as<decltype(storage)>(a, begin, end); });
+  by_storage(a.type, [&](auto storage) { backward_as<decltype(storage)>(a, begin, end); });
 }
 
 extern const Kernels kKernels;

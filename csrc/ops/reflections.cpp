@@ -38,18 +38,20 @@ Tensor checked_norms(const Tensor& norms, int64_t r) {
   return as_contiguous(norms);
 }
 
-// unit and left [n, r] from a chain that writes to them.
-std::tuple<Tensor, Tensor> formed(const Tensor& u, const void* norms, const void* inverse, bool wide, bool transpose,
-                                  bool measure) {
-  const ScalarType sums = Chain::sums_type(u, wide);
-  Tensor unit = torch::stable::new_empty(u, {u.size(0), u.size(1)}, sums);
-  Tensor left = torch::stable::new_empty(u, {u.size(0), u.size(1)}, sums);
-  Chain chain(u, wide, unit.mutable_data_ptr(), left.mutable_data_ptr());
-  if (measure) chain.measure(const_cast<void*>(norms), const_cast<void*>(inverse));
-  chain.prepare(norms, inverse, transpose);
-  chain.form([](int64_t, int64_t) {});
-  return {unit, left};
-}
+// A chain of u [n, r] that writes its factors to tensors.
+struct Factors {
+  Tensor unit, left;
+  Chain chain;
+
+  Factors(const Tensor& u, bool wide)
+      : unit(torch::stable::new_empty(u, {u.size(0), u.size(1)}, Chain::sums_type(u, wide))),
+        left(torch::stable::new_empty(u, {u.size(0), u.size(1)}, Chain::sums_type(u, wide))),
+        chain(u, wide, unit.mutable_data_ptr(), left.mutable_data_ptr()) {}
+  void form(const Tensor& norms, const Tensor& inverse, bool transpose) {
+    chain.prepare(norms.const_data_ptr(), inverse.const_data_ptr(), transpose);
+    chain.form([](int64_t, int64_t) {});
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> reflections(const Tensor& u, bool wide, bool transpose) {
   const Tensor dense = checked(u, "u", -1, -1);
@@ -57,8 +59,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reflections(const Tensor& u, bool wid
   const int64_t r = dense.size(1);
   const ScalarType kind = Chain::kind_type(dense, wide);
   Tensor norms = torch::stable::new_empty(dense, {r}, kind), inverse = torch::stable::new_empty(dense, {r, r}, kind);
-  auto [unit, left] = formed(dense, norms.mutable_data_ptr(), inverse.mutable_data_ptr(), wide, transpose, true);
-  return {unit, left, inverse, norms};
+  Factors factors(dense, wide);
+  factors.chain.measure(norms.mutable_data_ptr(), inverse.mutable_data_ptr());
+  factors.form(norms, inverse, transpose);
+  return {factors.unit, factors.left, inverse, norms};
 }
 
 std::tuple<Tensor, Tensor> reflections_again(const Tensor& u, const Tensor& inverse, const Tensor& norms, bool wide,
@@ -66,7 +70,9 @@ std::tuple<Tensor, Tensor> reflections_again(const Tensor& u, const Tensor& inve
   const Tensor dense = checked(u, "u", -1, -1), lengths = checked_norms(norms, dense.size(1));
   STD_TORCH_CHECK(lengths.scalar_type() == Chain::kind_type(dense, wide), "norms have the wrong dtype");
   const Tensor square = checked_sums(inverse, "inverse", dense.size(1), dense.size(1), lengths.scalar_type());
-  return formed(dense, lengths.const_data_ptr(), square.const_data_ptr(), wide, transpose, false);
+  Factors factors(dense, wide);
+  factors.form(lengths, square, transpose);
+  return {factors.unit, factors.left};
 }
 
 Tensor reflections_gradient(const Tensor& u, const Tensor& unit, const Tensor& norms, const Tensor& sums,

@@ -42,7 +42,7 @@ class HRAInput(torch.autograd.Function):
         reflected, (c, *kept) = reflect(x, u, True, orthogonalize)
         _, need_weight, need_u = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if need_weight or need_u else None, weight, u, c if need_u else None, *kept)
-        ctx.dtype, ctx.orthogonalize = x.dtype, orthogonalize
+        ctx.dtype = x.dtype
         return linear(reflected, as_dtype(weight, x.dtype), bias)
 
     @staticmethod
@@ -57,7 +57,8 @@ class HRAInput(torch.autograd.Function):
             into = times(g, as_dtype(weight, ctx.dtype))
             dx, du = reflect_backward(into, x, u, kept, True, [need_x, need_u], overwrite=True)
         if need_weight:
-            reflected, _ = reflect(x, u, True, ctx.orthogonalize)
+            # x' by what is kept: the way back through the untransposed chain is the transposed one
+            reflected, _ = reflect_backward(x, None, u, kept, False, [True, False])
             dweight = (g.t() @ reflected).to(weight.dtype)
         return dx if need_x else None, dweight, du if need_u else None, g.sum(0) if need_bias else None, None
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from frodkernels import _backends, _ops
+from frodkernels import _ops
 from frodkernels.ops import householder, reflections
 from frodkernels.reference.reflections import kept_dtype, sums_dtype
 
@@ -28,9 +28,9 @@ def rounds(x: Tensor, u: Tensor) -> bool:
 
 def _native(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:
     """The native op, where it serves tokens and directions like these."""
-    if x.device.type != "cpu" or (u.dtype == torch.float64 and x.dtype != torch.float64):
+    if u.dtype == torch.float64 and x.dtype != torch.float64:
         return None
-    return _ops.native(op) if _backends.select(householder.FORWARD, "cpu") == "native" else None
+    return _ops.native(op) if reflections.native_serves(x) else None
 
 
 def _direct(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:

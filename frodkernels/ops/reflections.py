@@ -19,10 +19,13 @@ from frodkernels.ops import householder
 from frodkernels.reference import reflections as reference
 
 
+def native_serves(like: Tensor) -> bool:
+    """Whether native calls do what is r-sized for tensors like this: on the CPU, where the native products serve."""
+    return like.device.type == "cpu" and _backends.select(householder.FORWARD, "cpu") == "native"
+
+
 def _implementation(op: str, like: Tensor) -> Callable[..., Any]:
-    device = like.device.type
-    native = device == "cpu" and _backends.select(householder.FORWARD, device) == "native"
-    return _ops.native(op) if native else getattr(reference, op)
+    return _ops.native(op) if native_serves(like) else getattr(reference, op)
 
 
 def _reflections_fake(u, wide, transpose):
