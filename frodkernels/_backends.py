@@ -25,6 +25,8 @@ FAMILIES = {  # op -> module that implements it
     "householder": "householder",
     "householder_backward": "householder",
     "householder_gradient": "householder",
+    "sampled_product": "sampled",
+    "scatter_values_": "sampled",
 }
 DEVICES = ("cpu", "cuda")
 _INTERPRETER = "TRITON_INTERPRET"
