@@ -1,21 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense weight of a frozen-factor layer, kept between two changes of its parameters.
+"""The dense weight of an adapted layer, kept between two changes of its parameters.
 
-In evaluation ``W = U (S + diag lam) V^T`` changes only when a parameter does, so a layer that holds W serves a decode
-step at the price of one linear layer. A stale W is a silently wrong answer, so validity is proved on every call:
+In evaluation ``W = U (S + diag lam) V^T`` (FRoD) or ``W + scale S`` (SHiRA) changes only when a parameter does, so a
+layer that holds it serves a decode step at the price of one linear layer. A stale one is a silently wrong answer, so
+validity is proved on every call:
 
-* CPU: copies of lam and values are compared bit for bit with the parameters (n + nnz numbers). Version counters alone
-  would miss ``p.data.copy_()``, which is how averaged weights are written.
+* CPU: copies of the parameters are compared bit for bit with them (n + nnz numbers). Version counters alone would
+  miss ``p.data.copy_()``, which is how averaged weights are written.
 * CUDA: the parameters are the same tensors at the same address with the same version counter; comparing bits there
   would wait for the device. Writes through ``.data`` need an explicit ``drop()``.
-* U and V, which are frozen, everywhere: same tensors, addresses and version counters.
+* What is frozen (U and V, or W), everywhere: same tensors, addresses and version counters.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,14 +68,13 @@ class _Bits(NamedTuple):
 
 class _Key(NamedTuple):
     dtype: torch.dtype
-    pattern: SparsePattern
-    tensors: tuple[_Identity | _Bits, ...]  # lam, values, U, V
+    constants: tuple[SparsePattern | float, ...]
+    tensors: tuple[_Identity | _Bits, ...]  # frozen ones first: their check is the cheap one
 
-    def holds(self, dtype: torch.dtype, pattern: SparsePattern, tensors: tuple[Tensor, ...]) -> bool:
-        if dtype != self.dtype or pattern is not self.pattern:
+    def holds(self, dtype: torch.dtype, constants: tuple[SparsePattern | float, ...], tensors: list[Tensor]) -> bool:
+        if dtype != self.dtype or constants != self.constants or len(tensors) != len(self.tensors):
             return False
-        # U and V first: their check is the cheap one
-        return all(mark.holds(tensor) for mark, tensor in zip(reversed(self.tensors), reversed(tensors), strict=True))
+        return all(mark.holds(tensor) for mark, tensor in zip(self.tensors, tensors, strict=True))
 
 
 class CacheBudget:
@@ -135,38 +135,40 @@ class EvalCache:
 
     def get(
         self,
-        lam: Tensor,
-        values: Tensor,
-        U: Tensor,
-        V: Tensor,
-        pattern: SparsePattern,
+        parameters: Sequence[Tensor],
+        frozen: Sequence[Tensor],
+        constants: tuple[SparsePattern | float, ...],
         build: Callable[[], Tensor],
         *,
         dtype: torch.dtype | None = None,
     ) -> Tensor | None:
-        """The weight in ``dtype`` for these parameters, or None when the budget has no room for it.
+        """The weight in ``dtype`` for these tensors, or None when the budget has no room for it.
 
         It is built at the first call already: were it built at a later one, two calls with the same input would
         differ in the last bits. Ask :func:`may_cache` first.
 
         Args:
-            lam, values, U, V, pattern: what the weight is made of.
+            parameters, frozen, constants: what the weight is made of: small tensors that training changes, large ones
+                that it does not, patterns and numbers. The weight [m, n] has the rows of the first frozen tensor and
+                the columns of the last.
             build: returns the weight; called without gradients, inference mode and autocast.
-            dtype: of the weight; U's when None.
+            dtype: of the weight; the first frozen tensor's when None.
         """
         if self.budget.limit == 0:
             return None
-        dtype = U.dtype if dtype is None else dtype
-        tensors = (lam, values, U, V)
+        first, last = frozen[0], frozen[-1]
+        dtype = first.dtype if dtype is None else dtype
+        tensors = [*frozen, *parameters]
         entry = self._entry
-        if entry is not None and entry[0].holds(dtype, pattern, tensors):
+        if entry is not None and entry[0].holds(dtype, constants, tensors):
             return entry[1]
         self.drop()
-        if not self.budget._admits(U.shape[0] * V.shape[0] * dtype.itemsize, U.device):
+        if not self.budget._admits(first.shape[0] * last.shape[-1] * dtype.itemsize, first.device):
             return None
-        mark = _Bits.of if lam.device.type == "cpu" else _Identity.of
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(U.device.type, enabled=False):
-            key = _Key(dtype, pattern, (mark(lam), mark(values), _Identity.of(U), _Identity.of(V)))
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(first.device.type, enabled=False):
+            marks = [_Identity.of(t) for t in frozen]
+            marks_of_parameters = [(_Bits if t.device.type == "cpu" else _Identity).of(t) for t in parameters]
+            key = _Key(dtype, constants, (*marks, *marks_of_parameters))
             weight = build().to(dtype)
         self._entry = key, weight  # at once: another thread sees both or neither
         return weight
@@ -183,7 +185,7 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def may_cache(x: Tensor, lam: Tensor, values: Tensor) -> bool:
+def may_cache(x: Tensor, *parameters: Tensor) -> bool:
     """Whether a call may be served from a cached weight at all.
 
     Not while a gradient is wanted, a graph is compiled, exported, traced or captured (it would hold a weight that
@@ -191,12 +193,12 @@ def may_cache(x: Tensor, lam: Tensor, values: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _in_transform():
         return False
-    tensors = (x, lam, values)
+    tensors = (x, *parameters)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
     if any(type(t) not in (Tensor, torch.nn.Parameter) or t.device != x.device for t in tensors):
         return False
     if x.device.type == "cuda":
         # without a version counter a change cannot be seen from the host
-        return not (lam.is_inference() or values.is_inference() or torch.cuda.is_current_stream_capturing())
+        return not (any(t.is_inference() for t in parameters) or torch.cuda.is_current_stream_capturing())
     return x.device.type == "cpu"

@@ -116,15 +116,8 @@ class FrodLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training and may_cache(x, self.lam, self.values):
             dtype = autocast_dtype(x) or x.dtype
-            weight = self._cache.get(
-                self.lam,
-                self.values,
-                self.U,
-                self.V,
-                self.pattern,
-                lambda: self._weight(dtype),
-                dtype=dtype,
-            )
+            parameters, frozen = (self.lam, self.values), (self.U, self.V)
+            weight = self._cache.get(parameters, frozen, (self.pattern,), lambda: self._weight(dtype), dtype=dtype)
             if weight is not None:
                 return F.linear(x.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
         return frod_linear(x, self.U, self.V, self.lam, self.values, self.pattern, self.bias, path=self.path)

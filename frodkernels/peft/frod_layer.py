@@ -165,7 +165,7 @@ class FastFrodLinear(PeftFrodLinear):
         def build() -> Tensor:
             return frod_weight(U.to(wide), V.to(wide), lam, values, pattern)
 
-        return cache.get(lam, values, U, V, pattern, build, dtype=dtype)
+        return cache.get((lam, values), (U, V), (pattern,), build, dtype=dtype)
 
     # -- plans --------------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ class Layer:
             return fk.frod_weight(self.U, self.V, self.lam, self.values, self.pattern)
 
     def get(self, **kwargs):
-        return self.cache.get(self.lam, self.values, self.U, self.V, self.pattern, self.build, **kwargs)
+        return self.cache.get((self.lam, self.values), (self.U, self.V), (self.pattern,), self.build, **kwargs)
 
     def check(self, builds):
         got = self.get()
@@ -202,7 +202,7 @@ def test_a_failed_build_leaves_no_trace():
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        layer.cache.get(layer.lam, layer.values, layer.U, layer.V, layer.pattern, fail)
+        layer.cache.get((layer.lam, layer.values), (layer.U, layer.V), (layer.pattern,), fail)
     layer.check(1)
 
 
