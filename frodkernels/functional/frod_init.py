@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from frodkernels.functional.positions import distinct
 from frodkernels.pattern import SparsePattern
 
 
@@ -83,15 +84,7 @@ def random_pattern(n: int, rate: float, generator: torch.Generator | None = None
     room = n * (n - 1)
     nnz = min(int(rate * n * n), room)
     nnz = max(nnz, 1) if rate > 0 and room > 0 else nnz
-    # Distinct ids without materialising a permutation of n^2: draw, drop repeats, draw the rest.
-    flat = torch.empty(0, dtype=torch.int64)
-    if 2 * nnz > room:
-        flat = torch.randperm(room, generator=generator)[:nnz]
-    while flat.numel() < nnz:
-        more = torch.randint(room, (nnz - flat.numel() + 16,), generator=generator)
-        flat = torch.unique(torch.cat([flat, more]))
-        if flat.numel() > nnz:  # unique sorts: drop at random, not the largest
-            flat = flat[torch.randperm(flat.numel(), generator=generator)[:nnz]]
+    flat = distinct(room, nnz, generator)
     rows = flat // max(n - 1, 1)
     cols = flat - rows * max(n - 1, 1)
     return SparsePattern(rows, cols + (cols >= rows), (n, n))
