@@ -14,7 +14,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from frodkernels import _backends
-from frodkernels.functional.sampled_way import tiled_is_faster
 from frodkernels.ops import sampled
 from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
@@ -97,26 +96,11 @@ def gradients(
     needs: list[bool],
     token_major: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Of the columns' view: (dz, dlam, dvalues), None where not needed.
-
-    One pass over u and z serves all three, unless the entries are so many that dense blocks sample them faster.
-    """
-    plan, tiles = view[:3], list(view[3:]) or None
-    dvalues, fused = None, list(needs)
-    if needs[2] and tiled_is_faster(values.numel(), u.shape[0], z.shape[0], u):
-        dvalues, fused[2] = sampled.sampled_product(u, z, *plan, values.dtype, True, tiles), False
-    grads: list[Tensor | None] = [None] * 3
-    if any(fused):
-        grads = list(ops.sparse_core_backward(u, z, lam, values, *plan, fused, token_major, tiles))
-    dz, dlam, sampled_too = (grad if need else None for grad, need in zip(grads, fused, strict=True))
-    return dz, dlam, sampled_too if dvalues is None else dvalues
+    """``ops.sparse_core_backward`` of the columns' view: (dz, dlam, dvalues), None where not needed."""
+    grads = ops.sparse_core_backward(u, z, lam, values, *view[:3], needs, token_major, list(view[3:]) or None)
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
 
 
-def sample(u: Tensor, z: Tensor, views: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """(u z^T) at the pattern's positions, in COO order, for u [m, T] and z [n, T]; the flat tuple of both views."""
-    tiled = tiled_is_faster(views[2].numel(), u.shape[0], z.shape[0], u)
-    if u.shape[0] > z.shape[0]:  # the gathered operand should be the one that caches hold more easily
-        u, z, view = z, u, rows_view(views)
-    else:
-        view = columns_view(views)
-    return sampled.sampled_product(u, z, *view[:3], dtype, tiled, list(view[3:]) or None)
+def sample(u: Tensor, z: Tensor, view: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """(u z^T) at the pattern's positions, in COO order, for u [m, T] and z [n, T]: of the columns' view."""
+    return sampled.sampled_product(u, z, *view[:3], dtype, None, list(view[3:]) or None)

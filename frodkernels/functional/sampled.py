@@ -24,7 +24,7 @@ class SampledProduct(torch.autograd.Function):
     @without_autocast
     def forward(ctx: Any, a: Tensor, b: Tensor, *views: Tensor) -> Tensor:
         ctx.save_for_backward(a, b, *views)
-        return sample(a.t(), b.t(), views, a.dtype)
+        return sample(a.t(), b.t(), columns_view(views), a.dtype)
 
     @staticmethod
     @first_order

@@ -3,8 +3,9 @@
 
 Features are rows: ``a`` is [n, T], ``b`` [groups, T], with any strides. The plan (indptr, indices, perm) is one
 compressed view of a :class:`~frodkernels.SparsePattern`; see ``reference/sampled.py`` for the formulas. ``tiled`` asks
-for dense products of small blocks of which the entries are kept, instead of one inner product an entry. ``tiles`` is
-the view's plan for tensor-core kernels (``csrc/tiles/tiles.h``); only the native CUDA kernels read it.
+for dense products of small blocks of which the entries are kept, instead of one inner product an entry; None takes the
+faster (``sampled_way.py``), here and not in the callers, where a traced graph has no sizes to compare. ``tiles`` is the
+view's plan for tensor-core kernels (``csrc/tiles/tiles.h``); only the native CUDA kernels read it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from frodkernels import _backends, _ops
+from frodkernels.ops.sampled_way import tiled_is_faster
 from frodkernels.ops.sparse_core import (
     FLOATS,
     TENSOR_CORE_TOKENS,
@@ -56,12 +58,13 @@ def check_scatter(
         raise ValueError(f"old must have weight's dtype, {weight.dtype}, got {old.dtype}")
 
 
-def _sampled_fake(a, b, indptr, indices, perm, dtype, tiled=False, tiles=None):
+def _sampled_fake(a, b, indptr, indices, perm, dtype, tiled=None, tiles=None):
     check_sampled(a, b, indptr, indices, perm, dtype)
     return a.new_empty(indices.shape[0], dtype=dtype)
 
 
-def _sampled_kernel(a, b, indptr, indices, perm, dtype, tiled=False, tiles=None):
+def _sampled_kernel(a, b, indptr, indices, perm, dtype, tiled=None, tiles=None):
+    tiled = tiled_is_faster(indices.numel(), a, b) if tiled is None else tiled
     backend, run = _backends.implementation(SAMPLED, a.device.type)
     if backend != "native":
         return run(a, b, indptr, indices, perm, dtype, tiled)
@@ -81,7 +84,7 @@ def _scatter_kernel(weight, values, indptr, indices, perm, scale, accumulate, ol
 
 _ops.register(
     SAMPLED,
-    "(Tensor a, Tensor b, Tensor indptr, Tensor indices, Tensor perm, ScalarType dtype, bool tiled=False,"
+    "(Tensor a, Tensor b, Tensor indptr, Tensor indices, Tensor perm, ScalarType dtype, bool? tiled=None,"
     " Tensor[]? tiles=None) -> Tensor",
     kernel=_sampled_kernel,
     fake=_sampled_fake,

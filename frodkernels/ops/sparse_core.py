@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from frodkernels import _backends, _ops, dense
+from frodkernels.ops.sampled_way import tiled_is_faster
 from frodkernels.reference.sparse_core import accumulator, new_features
 
 FORWARD = "sparse_core"
@@ -111,7 +112,13 @@ def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_majo
         return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
     if dense.dense_is_faster(u, lam, values, indptr):
         return dense.sparse_core_backward(u, z, lam, values, indptr, indices, perm, needs, token_major)
-    return run(u, z, lam, values, indptr, indices, perm, needs, token_major, _worthwhile(tiles, u, values))
+    plan, tiles = (indptr, indices, perm), _worthwhile(tiles, u, values)
+    if not (needs[2] and tiled_is_faster(values.numel(), u, z)):
+        return run(u, z, lam, values, *plan, needs, token_major, tiles)
+    # so many entries that dense blocks sample them faster than the pass that makes dz
+    dz, dlam, _ = run(u, z, lam, values, *plan, [needs[0], needs[1], False], token_major, tiles)
+    _, sample = _backends.implementation("sampled_product", u.device.type)
+    return dz, dlam, sample(u, z, *plan, values.dtype, True)
 
 
 _ops.register(

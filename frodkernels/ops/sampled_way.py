@@ -21,13 +21,8 @@ BREAK_EVEN = {
 _FEWEST_TOKENS = 64  # fewer do not fill a block's inner loop
 
 
-def tiled_is_faster(entries: int, rows: int, columns: int, features: Tensor) -> bool:
-    """The choice for a product [rows, columns] of ``features`` [., T], from shapes, dtype and device alone.
-
-    Under torch.compile it depends on nothing that changes from call to call: a branch on T would recompile.
-    """
-    if features.device.type != "cpu":
+def tiled_is_faster(entries: int, a: Tensor, b: Tensor) -> bool:
+    """The choice for features a [m, T] and b [n, T], from shapes, dtype and device alone."""
+    if a.device.type != "cpu" or a.shape[1] < _FEWEST_TOKENS:
         return False
-    if not torch.compiler.is_compiling() and features.shape[1] < _FEWEST_TOKENS:
-        return False
-    return entries > BREAK_EVEN[features.dtype] * rows * columns
+    return entries > BREAK_EVEN[a.dtype] * a.shape[0] * b.shape[0]
