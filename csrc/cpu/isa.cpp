@@ -10,6 +10,7 @@
 #include "householder.h"
 #include "isa.h"
 #include "reflections.h"
+#include "sampled.h"
 #include "sparse_core.h"
 
 namespace frodkernels::cpu {
@@ -86,6 +87,19 @@ const HouseholderKernels& householder_kernels(Isa isa) {
 const ReflectionKernels& reflection_kernels(Isa isa) {
   static constexpr const ReflectionKernels* levels[] = FRODKERNELS_LEVELS(kReflectionKernels);
   return *levels[int(isa)];
+}
+
+const SampledKernels& sampled_kernels(Isa isa) {
+  static constexpr const SampledKernels* levels[] = FRODKERNELS_LEVELS(kSampledKernels);
+  return *levels[int(isa)];
+}
+
+const SampledKernels* sampled_bf16_kernels(Isa isa) {
+#if defined(FRODKERNELS_HAVE_AVX512BF16)
+  if (isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::kSampledKernels;
+#endif
+  (void)isa;
+  return nullptr;
 }
 
 const HouseholderKernels* householder_bf16_kernels(Isa isa) {

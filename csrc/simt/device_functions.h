@@ -63,6 +63,8 @@ SIMT_INLINE double __longlong_as_double(long long v) { return simt::bits<double>
 // --------------------------------------------------------------------------------------------------------
 SIMT_INLINE float __fadd_rn(float a, float b) { return a + b; }
 SIMT_INLINE float __fmul_rn(float a, float b) { return a * b; }
+SIMT_INLINE double __dadd_rn(double a, double b) { return a + b; }
+SIMT_INLINE double __dmul_rn(double a, double b) { return a * b; }
 SIMT_INLINE float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 SIMT_INLINE float __fdiv_rn(float a, float b) { return a / b; }
 SIMT_INLINE float __fdividef(float a, float b) { return a / b; }

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the kernels of the sampled product by way of dense blocks share: which blocks hold entries, and what becomes of
+// a block's product.
+//
+//   partial[s, p] = sum over the tokens t of split s of a[indices[p], t] b[g, t]    for the slots p of group g
+//
+// Blocks. A thread block owns kRows groups, a range of columns and a split of the tokens. It walks the range from one
+// block of kColumns columns that holds an entry to the next: the slots of its rows ascend in column, so the least
+// column among the rows' next slots says where that is, and each row's part of the block ends where a binary search
+// finds it. What lies between costs nothing, whatever its size.
+//
+// Sums. The block's product stays in registers for a segment of tokens; then it passes through shared memory, some
+// rows at a time, and the entries are picked from there, a warp a row. Segments are added up in double: a chain of
+// float sums is never longer than a segment.
+#pragma once
+#include "cuda/sampled.h"
+#include "cuda/scalars.cuh"
+
+namespace frodkernels::cuda::sampled {
+
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int32_t kNoColumn = INT32_MAX;
+constexpr int kRowsAhead = 4;  // whose entries a warp asks for at once
+
+struct Args {
+  Compressed view;
+  Features a, b;
+  double* partial;  // [splits, stride]
+  int64_t T, stride;
+  int64_t range_columns;
+  unsigned row_blocks;
+  int32_t split_tiles;  // of tokens
+};
+
+// The first slot in [from, to) of one row whose column is `column` or beyond; `to` where there is none.
+__device__ __forceinline__ int32_t first_slot(const Compressed& view, int32_t from, int32_t to, int64_t column) {
+  while (from < to) {
+    const int32_t middle = from + (to - from) / 2;
+    if (read_index(view, middle) < column) {
+      from = middle + 1;
+    } else {
+      to = middle;
+    }
+  }
+  return from;
+}
+
+// Where a thread block is, in static shared memory: registers are for sums. Thread r < kRows looks after row r. What is
+// constant from one barrier to the next is read where it is needed.
+template <int kRows, int kColumns, int kTokens>
+struct Walk {
+  static_assert(kRows % 32 == 0 && kRows <= kThreads, "whole warps look after the rows");
+  int64_t row;                   // the first
+  int64_t beyond;                // the range's columns
+  int32_t column;                // the first of the present block; -1: there is none
+  int32_t first_tile, end_tile;  // of the split's tokens
+  int32_t least[kRows / 32];
+  int32_t begin[kRows], end[kRows];  // the rows' slots in the present block
+  int32_t last[kRows];               // where the rows end
+
+  // All threads, before anything else.
+  __device__ __forceinline__ void start(const Args& p) {
+    const int64_t first_row = int64_t(blockIdx.x % p.row_blocks) * kRows;
+    const int64_t first_column = int64_t(blockIdx.x / p.row_blocks) * p.range_columns;
+    if (threadIdx.x == 0) {
+      row = first_row;
+      beyond = first_column + p.range_columns;
+      first_tile = static_cast<int32_t>(blockIdx.y) * p.split_tiles;
+      end_tile = static_cast<int32_t>(min((p.T + kTokens - 1) / kTokens, int64_t(first_tile) + p.split_tiles));
+    }
+    if (threadIdx.x >= kRows) return;
+    int32_t at = 0, stop = 0;
+    if (first_row + threadIdx.x < p.view.rows) {
+      at = p.view.indptr[first_row + threadIdx.x];
+      stop = p.view.indptr[first_row + threadIdx.x + 1];
+      if (first_column > 0) at = first_slot(p.view, at, stop, first_column);
+    }
+    end[threadIdx.x] = at;
+    last[threadIdx.x] = stop;
+  }
+
+  // Goes to the next block with an entry; false where the range has no more. All threads.
+  __device__ __forceinline__ bool next(const Compressed& view) {
+    if (threadIdx.x < kRows) {
+      const int32_t at = end[threadIdx.x];
+      const int32_t mine = __reduce_min_sync(kAllLanes, at < last[threadIdx.x] ? read_index(view, at) : kNoColumn);
+      if (threadIdx.x % 32 == 0) least[threadIdx.x / 32] = mine;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      int32_t found = kNoColumn;
+#pragma unroll
+      for (int w = 0; w < kRows / 32; ++w) found = min(found, least[w]);
+      column = found < beyond && found != kNoColumn ? found / kColumns * kColumns : -1;
+    }
+    __syncthreads();
+    return column >= 0;
+  }
+
+  // The rows' slots in the present block. All threads; they see them after the next barrier.
+  __device__ __forceinline__ void take(const Compressed& view) {
+    if (threadIdx.x >= kRows) return;
+    const int32_t at = end[threadIdx.x], stop = last[threadIdx.x], most = stop - at > kColumns ? at + kColumns : stop;
+    begin[threadIdx.x] = at;
+    end[threadIdx.x] = first_slot(view, at, most, int64_t(column) + kColumns);
+  }
+};
+
+// Picks the entries of `rows` staged rows of sums, `pitch` numbers apart. row_of: a staged row's place in the block.
+template <typename Walk, typename acc, typename RowOf>
+__device__ __forceinline__ void pick_entries(const acc* staged, int pitch, int rows, RowOf row_of, const Walk& walk,
+                                             const Args& p, bool first) {
+  const int lane = threadIdx.x % 32;
+  double* const partial = p.partial + blockIdx.y * p.stride;
+#pragma unroll 1
+  for (int s0 = threadIdx.x / 32; s0 < rows; s0 += kWarps * kRowsAhead) {
+    int32_t next[kRowsAhead];
+#pragma unroll
+    for (int k = 0; k < kRowsAhead; ++k) {
+      const int r = row_of(s0 + k * kWarps), slot = walk.begin[r] + lane;
+      next[k] = slot < walk.end[r] ? read_index(p.view, slot) : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kRowsAhead; ++k) {
+      const int s = s0 + k * kWarps, r = row_of(s);
+      const int32_t end = walk.end[r];
+      int32_t slot = walk.begin[r] + lane, index = next[k];
+#pragma unroll 1
+      while (slot < end) {
+        const double sum = static_cast<double>(staged[s * pitch + index - walk.column]);
+        partial[slot] = first ? sum : partial[slot] + sum;
+        slot += 32;
+        if (slot < end) index = read_index(p.view, slot);
+      }
+    }
+  }
+}
+
+}  // namespace frodkernels::cuda::sampled
