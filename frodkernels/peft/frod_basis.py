@@ -18,7 +18,6 @@ it really differs.
 
 from __future__ import annotations
 
-import hashlib
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -28,17 +27,12 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from frodkernels.nn.eval_cache import version
+from frodkernels.peft.plan import digest
 
 PROBES = 8
 FRESH = 1e-4  # relative residual of an untrained adapter's reconstruction, float32
 SAME = 1e-5  # relative difference below which U is left alone, float32
 HALF = 8  # in 16-bit storage: this many eps of reconstruction error are rounding, not a foreign V
-
-
-def digest(V: Tensor) -> bytes:
-    """A digest of V's bits."""
-    host = V.detach().cpu().contiguous()
-    return hashlib.blake2b(host.view(torch.uint8).numpy().data, digest_size=16).digest()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.peft.file_keys import PREFIX, Passengers, base_model, check_floats, check_keys, with_aliases
 from frodkernels.peft.frod_keys import INDICES, LAMBDA, SIZE, VALUES, Target, V, check_numbers, target_layers
-from frodkernels.peft.frod_plan import check_indices, check_size
+from frodkernels.peft.frod_plan import check_size
+from frodkernels.peft.plan import check_indices
 
 
 class _Category(NamedTuple):
@@ -122,7 +123,7 @@ def _check_projection(state: Mapping[str, Tensor], name: str, n: int) -> None:
 def _check_pattern(indices: Tensor, name: str, expected: _Category) -> None:
     """Check the indices of a category."""
     key = f"'{INDICES}{name}'"
-    nnz = check_indices(indices, expected.n, key).nnz
+    nnz = check_indices(indices, (expected.n, expected.n), key).nnz
     if nnz != expected.nnz:
         raise ValueError(
             f"{key} has {nnz} entries, but the adapter's sparse_rate, or an adapter that is loaded already, makes it "

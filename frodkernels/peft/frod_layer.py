@@ -16,7 +16,8 @@ from frodkernels.functional.frod import frod_linear, frod_weight
 from frodkernels.nn.eval_cache import CacheBudget, EvalCache, may_cache
 from frodkernels.pattern import SparsePattern
 from frodkernels.peft.frod_basis import Bases, Origin, judge, origin_of
-from frodkernels.peft.frod_plan import Plan, plan_adapter
+from frodkernels.peft.frod_plan import plan_adapter
+from frodkernels.peft.plan import Plan
 
 logger = logging.getLogger("frodkernels")
 

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the index buffers of a PEFT FRoD layer to a checked SparsePattern, made once per module category.
-
-Index buffers come from adapter files, which nothing else checks: everything a kernel will rely on is checked here.
-"""
+"""From the index buffers of a PEFT FRoD layer to a checked SparsePattern, made once per module category."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,65 +11,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from frodkernels.functional._views import prepare
 from frodkernels.nn.eval_cache import version
-from frodkernels.pattern import SparsePattern
 from frodkernels.peft.file_keys import check_floats
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """The pattern of one adapter of one layer, and the index buffer (in which state) it was made from."""
-
-    indices: Tensor
-    version: int
-    pattern: SparsePattern
-
-    def current(self, indices: Tensor) -> bool:
-        """Made from this very tensor, which nothing has written to since."""
-        return self.indices is indices and self.version == version(indices)
-
-    def moved(self, device: torch.device) -> Plan:
-        """The same plan with its pattern on ``device``."""
-        pattern = self.pattern.to(device)
-        prepare(pattern)
-        return replace(self, pattern=pattern)
-
-    def describes(self, indices: Tensor) -> bool:
-        """Made from a tensor of the same content: the model has been moved."""
-        return (
-            self.version == version(self.indices)
-            and self.indices.shape == indices.shape
-            and self.indices.dtype == indices.dtype
-            and torch.equal(self.indices.to(indices.device), indices)
-        )
-
+from frodkernels.peft.plan import Plan, check_indices, integers
 
 # index buffer -> (its version, its pattern): all layers of a category hold the same buffer, so they share the plan
 _PLANS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def _integers(tensor: object) -> bool:
-    return (
-        isinstance(tensor, Tensor)
-        and tensor.dtype != torch.bool
-        and not (tensor.is_floating_point() or tensor.is_complex() or tensor.is_quantized)
-    )
-
-
 def check_size(size: Tensor, n: int, where: str) -> None:
     """``size`` [2] says n x n."""
-    if not _integers(size) or size.dim() != 1 or size.numel() != 2:
+    if not integers(size) or size.dim() != 1 or size.numel() != 2:
         raise ValueError(f"{where} must hold two integers, got {list(size.shape)} of {size.dtype}")
     got = tuple(size.tolist())
     if got != (n, n):
         raise ValueError(f"{where} says S is {got[0]} x {got[1]}, but V is {n} x {n}")
-
-
-def check_indices(indices: Tensor, n: int, where: str) -> SparsePattern:
-    """The pattern of ``indices`` [2, nnz] in an n x n matrix; every entry checked."""
-    try:
-        return SparsePattern.from_coo(indices, (n, n))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
 
 
 def plan_adapter(layer: Any, adapter: str, name: str, earlier: Plan | None = None) -> Plan:
@@ -111,7 +62,7 @@ def plan_adapter(layer: Any, adapter: str, name: str, earlier: Plan | None = Non
         if earlier is not None and earlier.pattern.shape == (n, n) and earlier.describes(indices):
             pattern = earlier.pattern.to(indices.device)
         else:
-            pattern = check_indices(indices, n, where("frod_s_indices"))
+            pattern = check_indices(indices, (n, n), where("frod_s_indices"))
         prepare(pattern)
         _PLANS[indices] = (version(indices), pattern)
     check_floats(layer.frod_lambda_s_values[adapter], (pattern.nnz,), where("frod_lambda_s_values"))

@@ -13,7 +13,8 @@ from frodkernels.nn.eval_cache import CacheBudget
 from frodkernels.ops.sparse_core import FLOATS
 from frodkernels.peft.frod_basis import Bases, Origin, judge, origin_of
 from frodkernels.peft.frod_layer import FastFrodLinear, PeftFrodLinear, Slot
-from frodkernels.peft.frod_plan import Plan, plan_adapter
+from frodkernels.peft.frod_plan import plan_adapter
+from frodkernels.peft.plan import Plan
 from frodkernels.peft.report import served_by
 
 

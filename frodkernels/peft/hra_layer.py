@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from frodkernels.functional._common import autocast_dtype, autocast_off
 from frodkernels.functional.householder import householder
 from frodkernels.functional.hra import hra_linear
-from frodkernels.nn.hra import corrected, plain_linear, watched, zero_columns
+from frodkernels.nn.hra import corrected, watched, zero_columns
 from frodkernels.ops.sparse_core import FLOATS
+from frodkernels.peft.base_layer import plain_base, plain_tensor
 from frodkernels.peft.hra_file import check_columns
-from frodkernels.peft.hra_merge import MergedFrom, bits_of, mergeable, plain_tensor, rotated, wide
+from frodkernels.peft.hra_merge import MergedFrom, bits_of, mergeable, rotated, wide
 from frodkernels.reference.sparse_core import accumulator
 
 logger = logging.getLogger("frodkernels")
@@ -206,13 +207,8 @@ def gram_schmidt(u: Tensor) -> Tensor:
     return (basis + (norms - norms) / norms).to(accumulator(u, u))
 
 
-def plain_base(base: nn.Module) -> bool:
-    """Whether the weight of a linear layer may be used without calling it."""
-    return isinstance(base, nn.Linear) and plain_linear(base) and plain_tensor(base.weight)
-
-
 def plain_conv(base: nn.Module) -> bool:
-    """The same of a convolution."""
+    """Whether the weight of a convolution may be used without calling it."""
     return type(base) is nn.Conv2d and not watched(base)
 
 

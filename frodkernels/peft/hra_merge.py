@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from frodkernels.functional.householder import householder
 from frodkernels.ops.sparse_core import FLOATS
+from frodkernels.peft.base_layer import plain_tensor
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 1 << 22
@@ -85,8 +86,3 @@ def mergeable(base: nn.Module) -> Any:
     if weight.is_meta:
         raise ValueError(f"HRA cannot be merged into {name}: its weight is not in memory (meta device)")
     return weight
-
-
-def plain_tensor(weight: Tensor) -> bool:
-    """Whether a weight's numbers are its own: no subclass that quantises or distributes them."""
-    return type(weight) in (Tensor, nn.Parameter)

@@ -14,8 +14,9 @@ from frodkernels.functional.hra_side import NOMINAL_TOKENS, costs
 from frodkernels.nn.eval_cache import CacheBudget
 from frodkernels.nn.hra import watched
 from frodkernels.ops.sparse_core import FLOATS
+from frodkernels.peft.base_layer import plain_base, why_called
 from frodkernels.peft.hra_file import check_directions
-from frodkernels.peft.hra_layer import FastHRAConv2d, FastHRALinear, PeftHRAConv2d, PeftHRALinear, plain_base
+from frodkernels.peft.hra_layer import FastHRAConv2d, FastHRALinear, PeftHRAConv2d, PeftHRALinear
 from frodkernels.peft.methods import inside_load
 from frodkernels.peft.report import served_by
 
@@ -128,8 +129,9 @@ class HRALinearTuner(_HRATuner):
     def _base_notes(self, base: Any) -> list[str]:
         if plain_base(base):
             return []
-        what = "has hooks" if type(base) is nn.Linear else f"is a {type(base).__name__}"
-        return [f"the base layer {what}: it is called, on the reflected input (PEFT reads its weight instead)"]
+        return [
+            f"the base layer {why_called(base)}: it is called, on the reflected input (PEFT reads its weight instead)"
+        ]
 
 
 class HRAConv2dTuner(_HRATuner):
