@@ -8,7 +8,7 @@ import importlib
 
 from torch import nn
 
-METHODS = {"frod": "FRoD", "hra": "HRA"}  # PEFT's module of tuners -> name in papers
+METHODS = {"frod": "FRoD", "hra": "HRA", "shira": "SHiRA"}  # PEFT's module of tuners -> name in papers
 _INSTALL = "pip install 'peft>=0.21.2' transformers"
 
 
@@ -33,7 +33,7 @@ def require_peft() -> None:
 
 
 def has_method(method: str) -> bool:
-    """Whether PEFT has this tuner, "frod" or "hra"."""
+    """Whether PEFT has this tuner: "frod", "hra" or "shira"."""
     return _missing(method) is None
 
 

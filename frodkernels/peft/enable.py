@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """enable / disable / enabled: make every model that PEFT builds or loads fast, and its loading safe.
 
-The only code that touches anything global: while enabled, PEFT's table of tuners names our FRoD and HRA tuners, and
-three methods of PeftModel (from_pretrained, load_adapter, add_adapter) check such a file before they inject it, undo a
-failed load, and swap what was loaded (FRoD's U is corrected then). ``disable()`` puts the originals back.
+The only code that touches anything global: while enabled, PEFT's table of tuners names our FRoD, HRA and SHiRA
+tuners, and three methods of PeftModel (from_pretrained, load_adapter, add_adapter) check such a file before they inject
+it, undo a failed load, and swap what was loaded (FRoD's U is corrected then). ``disable()`` puts the originals back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _undo: list[tuple[Any, str, Any, Any]] | None = None  # (owner, name, original, 
 
 
 def enable() -> None:
-    """From now on every FRoD or HRA model that PEFT makes or loads in this process is fast.
+    """From now on every FRoD, HRA or SHiRA model that PEFT makes or loads in this process is fast.
 
     Undone by :func:`disable`.
 

@@ -127,7 +127,7 @@ def check_keys(
         state: the file's tensors.
         passengers: what of the base model may be among them.
         ours: the keys of the adapter itself, without the common prefix; they are not looked at here.
-        method: "FRoD" or "HRA", for messages.
+        method: "FRoD", "HRA" or "SHiRA", for messages.
         compare_shapes: whether a tensor that replaces one of the base model must have its shape.
 
     Raises:

@@ -18,7 +18,7 @@ def param_groups(
     """The trainable parameters of ``model`` as optimiser groups "frod_lambda", "frod_values" and "other".
 
     Args:
-        model: any module; accelerated or not. HRA's directions are in "other".
+        model: any module; accelerated or not. HRA's directions and SHiRA's entries are in "other".
         lr: learning rate of everything without a rate of its own.
         lambda_lr: of FRoD's diagonals; ``lr`` when None.
         values_lr: of the entries of FRoD's S; ``lr`` when None.

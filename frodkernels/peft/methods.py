@@ -53,6 +53,10 @@ def methods() -> tuple[Method, ...]:
         from frodkernels.peft.hra_model import HRA
 
         found.append(HRA)
+    if has_method("shira"):
+        from frodkernels.peft.shira_model import SHIRA
+
+        found.append(SHIRA)
     return tuple(found)
 
 

@@ -34,7 +34,7 @@ class LayerReport:
 
     Attributes:
         name: its path in the model.
-        tuner: the PEFT method, "FRoD" or "HRA".
+        tuner: the PEFT method, "FRoD", "HRA" or "SHiRA".
         status: "swapped" by this call, "already" fast before it, or "skipped".
         why: the reason of a skip.
         details: what serves it: shape, nonzeros or rank, backend, evaluation cache.

@@ -29,7 +29,8 @@ def accelerate(model: nn.Module, *, eval_cache: int | bool | None = None) -> Swa
 
     Args:
         model: any module that holds PEFT tuner layers: a PeftModel, a part of one, a single layer.
-        eval_cache: how many bytes of dense weights FRoD's layers may keep between parameter changes in evaluation.
+        eval_cache: how many bytes of dense weights the layers of FRoD and SHiRA may keep between parameter changes in
+            evaluation.
             False or 0: none. True: as many as they need (on CUDA: as leave a tenth of the device free). None: as
             True, or what an earlier call said.
 
@@ -137,8 +138,9 @@ def restore(model: nn.Module) -> None:
 def invalidate(model: nn.Module) -> None:
     """Drop the cached evaluation weights inside ``model``.
 
-    FRoD only: HRA's layers keep none. Needed only after parameters were written behind autograd's back
-    (``p.data.copy_()`` and the like) on CUDA, or the frozen U or V anywhere; every other change is seen.
+    FRoD and SHiRA: HRA's layers keep none. Needed only after parameters were written behind autograd's back
+    (``p.data.copy_()`` and the like) on CUDA, or what is frozen (U and V, or SHiRA's base weight) anywhere; every other
+    change is seen.
     """
     require_peft()
     require_module(model)

@@ -44,7 +44,7 @@ class Tuner(Protocol):
 
     @property
     def name(self) -> str:
-        """The method's, as in papers: "FRoD", "HRA"."""
+        """The method's, as in papers: "FRoD", "HRA", "SHiRA"."""
 
     @property
     def layer(self) -> type[nn.Module]:
@@ -85,6 +85,10 @@ def _classes() -> tuple[Callable[[], Tuner], ...]:
         from frodkernels.peft.hra_swap import HRAConv2dTuner, HRALinearTuner
 
         found += [HRALinearTuner, HRAConv2dTuner]
+    if has_method("shira"):
+        from frodkernels.peft.shira_swap import ShiraTuner
+
+        found.append(ShiraTuner)
     return tuple(found)
 
 

@@ -6,7 +6,6 @@ import gc
 import io
 import logging
 import pickle
-import sys
 import weakref
 
 import pytest
@@ -15,9 +14,7 @@ from peft.tuners.hra.layer import HRAConv2d, HRALinear
 from torch import nn
 
 import frodkernels as fk
-from frodkernels.peft import _require, methods, tuners
 from frodkernels.peft.hra_layer import FastHRAConv2d, FastHRALinear
-from tests.peft import models
 from tests.peft.hra_models import Images, config, hra, images, layers, shake, step, twins, two
 from tests.peft.models import IN, Tiny, close, x
 
@@ -68,18 +65,6 @@ def test_no_new_state():
     assert list(ours.state_dict()) == list(plain.state_dict())
     for layer, other in zip(layers(ours), layers(plain), strict=True):
         assert layer.__dict__.keys() == other.__dict__.keys()
-
-
-def test_frod_and_hra_in_one_module():
-    both = nn.ModuleList([models.frod(), hra()])
-    plain = copy.deepcopy(both)
-    report = fk.peft.accelerate(both)
-    assert len(report.swapped) == 8 and {line.tuner for line in report.layers} == {"FRoD", "HRA"}
-    for a, b in zip(both, plain, strict=True):
-        close(a(x()), b(x()))
-    assert [g["name"] for g in fk.peft.param_groups(both, 1e-3)] == ["frod_lambda", "frod_values", "other"]
-    fk.peft.restore(both)
-    assert [type(m) for m in both.modules()] == [type(m) for m in plain.modules()]
 
 
 def test_subclasses_and_what_cannot_be_swapped():
@@ -292,43 +277,6 @@ def test_nothing_keeps_a_model_alive():
     del model
     gc.collect()
     assert [ref() for ref in refs] == [None] * 2
-
-
-@pytest.fixture
-def peft_without(monkeypatch):
-    """Make a PEFT of the methods that are left; ours for the others must not be imported then."""
-    caches = (_require._missing, methods.methods, tuners._classes)
-
-    def remove(*names):
-        for cache in caches:
-            cache.cache_clear()
-        for name in names:
-            monkeypatch.setitem(sys.modules, f"peft.tuners.{name}", None)
-            for module in [m for m in sys.modules if m.startswith(f"frodkernels.peft.{name}_")]:
-                monkeypatch.setitem(sys.modules, module, None)
-
-    yield remove
-    monkeypatch.undo()
-    for cache in caches:
-        cache.cache_clear()
-
-
-@pytest.mark.parametrize("missing, make", [("frod", hra), ("hra", models.frod)])
-def test_works_where_peft_has_one_of_the_methods(peft_without, missing, make):
-    peft_without(missing)
-    with fk.peft.enabled():
-        model = make()
-    assert fk.peft.accelerate(model).already
-    fk.peft.restore(model)
-    assert len(fk.peft.accelerate(model).swapped) == 4
-    assert fk.peft.param_groups(model, 1e-3)
-    model(x()).sum().backward()
-
-
-def test_peft_without_any_of_the_methods(peft_without):
-    peft_without("frod", "hra")
-    with pytest.raises(ImportError, match=r"no usable tuner that frodkernels serves \(FRoD: .*HRA: .*pip install"):
-        fk.peft.accelerate(Tiny())
 
 
 def test_fast_classes_serve_their_own_layers_only():
