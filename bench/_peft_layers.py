@@ -14,15 +14,17 @@ from torch import Tensor, nn
 
 import frodkernels as fk
 from bench._case import Case
+from bench._delta_case import DeltaCase
 from bench._hra_case import HRACase
 from bench._interleave import Unavailable
 from bench._truth import Answers, Truth
 from bench.shapes import ConvShape
 
 NAME = "default"
+AnyCase = Case | DeltaCase | HRACase
 
 
-def _base(case: Case | HRACase) -> nn.Module:
+def _base(case: AnyCase) -> nn.Module:
     weight, bias = case.weight, case.bias
     m, n = weight.shape
     base: nn.Linear | nn.Conv2d
@@ -99,7 +101,30 @@ def hra_parameter(layer: nn.Module) -> Tensor:
     return layer.hra_u[NAME]
 
 
-def lora(case: Case | HRACase, rank: int = 8, parameters: torch.dtype = torch.float32) -> nn.Module:
+def shira(case: DeltaCase, *, accelerated: bool = False, eval_cache: bool = False) -> nn.Module:
+    """``peft.tuners.shira.layer.Linear`` for ``case``; swapped in by ``fk.peft.accelerate`` when ``accelerated``."""
+    try:
+        from peft import ShiraConfig
+        from peft.tuners.shira.layer import Linear
+    except ImportError as reason:
+        raise Unavailable(f"peft {reason}") from None
+    rank, (m, n) = case.shape.rank, case.weight.shape
+    mask = torch.zeros(m, n, device=case.device)
+    mask[case.rows, case.cols] = 1
+    layer = Linear(_base(case), mask, NAME, ShiraConfig(r=rank), r=rank)
+    layer.shira_weight[NAME] = nn.Parameter(case.values.clone())
+    if accelerated:
+        report = fk.peft.accelerate(layer, eval_cache=eval_cache)
+        if not report.layers or report.layers[0].status != "swapped":
+            raise RuntimeError(f"the layer was not swapped: {report}")
+    return layer
+
+
+def shira_parameter(layer: nn.Module) -> Tensor:
+    return layer.shira_weight[NAME]
+
+
+def lora(case: AnyCase, rank: int = 8, parameters: torch.dtype = torch.float32) -> nn.Module:
     """``peft.tuners.lora.layer.Linear`` around the same base, B not zero; PEFT keeps float32 beside any base."""
     try:
         from peft import LoraConfig
@@ -118,8 +143,8 @@ def lora_parameters(layer: nn.Module) -> dict[str, Tensor]:
     return {"dA": layer.lora_A[NAME].weight, "dB": layer.lora_B[NAME].weight}
 
 
-def lora_truth(layer: nn.Module, case: Case | HRACase, mode: str) -> Truth:
-    """LoRA is another map than FRoD and HRA: y = x W^T + bias + s (x A^T) B^T."""
+def lora_truth(layer: nn.Module, case: AnyCase, mode: str) -> Truth:
+    """LoRA is another map than the others: y = x W^T + bias + s (x A^T) B^T."""
     scale = layer.scaling[NAME]
 
     def answers(dtype: torch.dtype) -> Answers:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bench._interleave import FLOOR
 from bench._machine import slug
+from bench.names import CONTEXT, PATHS, tick
 from bench.results import Row, measured
 
 COLOURS = {
@@ -17,14 +18,18 @@ COLOURS = {
     "torch:factor": "#8f7a4a",
     "torch:csr": "#c98b3c",
     "torch:dense": "#8f7a4a",
+    "torch:weight": "#8f7a4a",
+    "torch:clone": "#c98b3c",
+    "torch:partial": "#8f7a4a",
     "compile": "#7d8a5c",
     "auto": "#20639b",
     "frodkernels": "#20639b",
     "accelerated": "#6fa8d6",
     "lora8": "#a0a0a0",
+    "lora16": "#c4c4c4",
     "lora": "#a0a0a0",
 }
-SKIPPED = (FLOOR, "activation", "fold", "materialize", "input", "output")
+SKIPPED = (FLOOR, *PATHS, *CONTEXT)
 LOGARITHMIC = 12.0  # from this ratio on
 
 
@@ -38,15 +43,6 @@ def _file_name(row: Row) -> str:
 
 def _colour(impl: str) -> str:
     return COLOURS.get(impl, "#555555")
-
-
-def _tick(row: Row) -> str:
-    if row.op == "sparse_core":  # it does not know m
-        return f"n={row.n}\nT={row.T}"
-    rank = f", r={row.rank}" if row.rank else ""
-    if row.op == "householder":  # nor does it
-        return f"n={row.n}\nT={row.T}{rank}"
-    return f"{row.model}\n{row.layer}\n{row.n}→{row.m}, T={row.T}{rank}"
 
 
 def _timed(rows: Sequence[Row], impl: str) -> Row | None:
@@ -94,7 +90,7 @@ def plot(groups: Sequence[list[Row]], folder: Path, title: str, labels: Mapping[
         axes.set_yscale("log")
         axes.set_ylim(bottom=0.5)
     axes.set_ylabel("time / floor")
-    axes.set_xticks(range(len(groups)), [_tick(rows[0]) for rows in groups], fontsize=7)
+    axes.set_xticks(range(len(groups)), [tick(rows[0]) for rows in groups], fontsize=7)
     first = groups[0][0]
     threads = f", {first.threads} threads" if first.device == "cpu" else ""
     axes.set_title(f"{title}\n{first.machine}{threads}, torch {first.torch}", fontsize=9)

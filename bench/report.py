@@ -10,55 +10,30 @@ from pathlib import Path
 
 from bench._interleave import FLOOR
 from bench._machine import ROOT
+from bench.crossover import break_evens, draw
+from bench.names import (
+    CONTEXT,
+    DTYPES,
+    FLOORS,
+    LABELS,
+    MEMORY,
+    MODES,
+    OPS,
+    OURS,
+    PATHS,
+    SAMPLED,
+    SWITCHING,
+    dtype_title,
+    label,
+    mode_title,
+)
 from bench.plots import plot
 from bench.results import FOLDER, Row, latest, measured, read
 
 PAGE = ROOT / "docs" / "benchmarks.md"
-
-LABELS = {
-    FLOOR: "floor",
-    "peft": "PEFT",
-    "torch": "plain torch",
-    "torch:factor": "plain torch, u S⁻ᵀ first",
-    "torch:csr": "torch CSR",
-    "torch:dense": "torch dense",
-    "compile": "torch.compile",
-    "auto": "**frodkernels**",
-    "frodkernels": "**frodkernels**",
-    "activation": "activation",
-    "fold": "fold",
-    "materialize": "materialize",
-    "input": "input side",
-    "output": "output side",
-    "accelerated": "PEFT, accelerated",
-    "lora8": "LoRA r=8",
-    "lora": "LoRA, same r",
-}
-OURS = ("auto", "frodkernels", "accelerated")
-PATHS = ("activation", "fold", "materialize", "input", "output")
-MEMORY = "hra_memory"
-OPS = {
-    "frod_linear": "FRoD layer",
-    "sparse_core": "Sparse core alone",
-    "hra_linear": "HRA layer",
-    "hra_conv2d": "HRA convolution",
-    "householder": "Reflections alone",
-    MEMORY: "HRA model: peak of memory",
-}
-OVERHEADS = ("hra_linear", "hra_conv2d")  # where the floor is the layer without its adapter
-DTYPES = {
-    "float32": "float32",
-    "bfloat16": "bfloat16",
-    "bfloat16+float32": "bfloat16, u in float32",
-    "float16": "float16",
-    "float16+float32": "float16, u in float32",
-}
-MODES = {
-    "step": "forward + backward",
-    "forward": "forward, nothing cached",
-    "eval": "evaluation, parameters unchanged between calls",
-    "backward": "backward",
-}
+PLAIN = ("torch:csr", "torch:weight", "torch:clone", "torch:partial")
+OVERHEADS = ("hra_linear", "hra_conv2d", "sparse_delta_linear")  # where the floor is the layer without its adapter
+BRIEFLY = (*OVERHEADS, "paca_linear")
 
 INTRO = """<!-- SPDX-License-Identifier: Apache-2.0 -->
 # Benchmarks
@@ -80,9 +55,17 @@ modelled; `make bench` repeats them on your machine.
   `side="auto"`; its two sides stand beside it. The **overhead** is the median time above the floor. The floor is
   torch's own layer: where torch multiplies float32 slowly, on AMD CPUs, frodkernels takes oneDNN's product instead of
   MKL's and ends below it. That part of the difference is the library's, not the kernels'.
+* **SHiRA**: plain torch is the frozen layer plus a CSR product with a hand-written backward, or W + S formed by
+  `index_put` for each call; torch.compile is of the latter. Rank r stands for r (m + n) entries, LoRA's parameters at
+  that rank. **PaCA**: plain torch copies the columns into a clone of W, or is the paper's own autograd Function; k
+  columns are k m parameters. The floor of both is the frozen layer; what was said of float32 on AMD CPUs holds here.
+* **Sampled product**: ratios are to `(a.T @ b)[rows, cols]`, which is no floor; *by entries* and *by blocks* are our
+  two algorithms, of which frodkernels takes one. *oneDNN's product, sampled* is the same as the yardstick with the
+  faster product of the two that torch brings. What does less than the job stands aside: the product alone, and copies
+  of a and b. **Rapid switching**: ratios are to a copy of the whole weight. LoRA is `W.addmm_(B, A)` and back.
 * Every answer was compared with float64 first; a wrong one gets no time. Entries of S are nonzero. In 16-bit rows x,
-  U, V and the bias have 16 bits and FRoD's trained parameters 32; HRA's u (LoRA's A and B) has the 16 bits of x, or 32
-  where that is said: what PEFT trains in.
+  U, V and the bias have 16 bits and FRoD's trained parameters 32; what other methods train (LoRA's A and B too) has the
+  16 bits of x, or 32 where that is said: what PEFT trains in.
 * **Saved**: bytes a forward keeps for its backward, without parameters and frozen factors; memory that tensors share
   counts once.
 """
@@ -106,17 +89,8 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def _columns(groups: Sequence[list[Row]]) -> list[str]:
-    present = {row.impl for rows in groups for row in rows}
+    present = {row.impl for rows in groups for row in rows if not row.status.startswith("unavailable")}
     return [impl for impl in LABELS if impl in present and impl != FLOOR]
-
-
-def _label(row: Row) -> str:
-    if row.op == "sparse_core":  # it does not know m
-        return f"n={row.n}, nnz={row.nnz}, T={row.T}"
-    rank = f", r={row.rank}" if row.rank else ""
-    if row.op == "householder":  # nor does it
-        return f"n={row.n}, T={row.T}{rank}"
-    return f"{row.model} {row.layer}, {row.n}→{row.m}, T={row.T}{rank}"
 
 
 def _ratios(groups: Sequence[list[Row]]) -> str:
@@ -126,8 +100,14 @@ def _ratios(groups: Sequence[list[Row]]) -> str:
         by = {row.impl: row for row in rows}
         floor = by.get(FLOOR)
         time = f"{float(floor.ms):.2f}" if floor and measured(floor) else ""
-        lines.append([_label(rows[0]), time, *(_cell(by.get(i), alone=i in PATHS) for i in columns)])
-    return table(["", "floor, ms", *(LABELS[impl] for impl in columns)], lines)
+        lines.append([label(rows[0]), time, *(_cell(by.get(i), alone=i in (*PATHS, *CONTEXT)) for i in columns)])
+    floors = FLOORS.get(groups[0][0].op, "floor")
+    return table(["", f"{floors}, ms", *(LABELS[impl] for impl in columns)], lines)
+
+
+def _mib(size: int) -> str:
+    """One decimal, or two digits of what is small."""
+    return f"{size / 2**20:.1f}" if size >= 2**17 else f"{size / 2**20:.2g}"
 
 
 def _saved(groups: Sequence[list[Row]]) -> str:
@@ -138,7 +118,7 @@ def _saved(groups: Sequence[list[Row]]) -> str:
     for rows in groups:
         by = {row.impl: row for row in rows}
         cells = [by[i].saved_bytes if i in by else "" for i in columns]
-        lines.append([_label(rows[0]), *(f"{int(cell) / 2**20:.1f}" if cell else "" for cell in cells)])
+        lines.append([label(rows[0]), *(_mib(int(cell)) if cell else "" for cell in cells)])
     return "Saved for the backward, MiB:\n\n" + table(["", *(LABELS[impl] for impl in columns)], lines)
 
 
@@ -152,12 +132,13 @@ def _overheads(groups: Sequence[list[Row]]) -> str:
             continue
         floor = float(timed[FLOOR].ms)
         above = {impl: float(row.ratio) - 1 for impl, row in timed.items()}
-        yardstick = above.get("torch", 0.0)
+        plain = [above[impl] for impl in timed if impl == "torch" or impl in PLAIN]
+        yardstick = min(plain, default=0.0)
         cells = []
         for impl in columns:
             share = f" ({above[impl] / yardstick:.2f})" if impl in above and yardstick > 0 else ""
             cells.append(f"{floor * above[impl]:.2f}{share}" if impl in above else "")
-        lines.append([_label(rows[0]), *cells])
+        lines.append([label(rows[0]), *cells])
     head = "Overhead over the floor, ms, and in brackets its ratio to plain torch's:\n\n"
     return head + table(["", *(LABELS[impl] for impl in columns)], lines)
 
@@ -165,17 +146,18 @@ def _overheads(groups: Sequence[list[Row]]) -> str:
 def _against(groups: Sequence[list[Row]]) -> str:
     """What frodkernels takes beside the others."""
     rivals = {"peft": "PEFT / ours"}
-    rivals |= {impl: f"ours / {LABELS[impl]}" for impl in ("lora", "torch", "torch:factor")}
+    rivals |= {impl: f"ours / {LABELS[impl]}" for impl in ("lora", "lora8", "lora16", "torch", "torch:factor", *PLAIN)}
     rivals = {impl: title for impl, title in rivals.items() if impl in _columns(groups)}
     lines = []
     for rows in groups:
         timed = {row.impl: float(row.ratio) for row in rows if measured(row) and row.ratio}
-        if "auto" not in timed:
+        mine = timed.get("auto") or timed.get("frodkernels")
+        if mine is None:
             continue
-        shares = {impl: timed["auto"] / timed[impl] for impl in rivals if impl in timed}
+        shares = {impl: mine / timed[impl] for impl in rivals if impl in timed}
         if "peft" in shares:
             shares["peft"] = 1 / shares["peft"]
-        lines.append([_label(rows[0]), *(f"{shares[impl]:.2f}" if impl in shares else "" for impl in rivals)])
+        lines.append([label(rows[0]), *(f"{shares[impl]:.2f}" if impl in shares else "" for impl in rivals)])
     return "Times of the same rounds, in short:\n\n" + table(["", *rivals.values()], lines)
 
 
@@ -184,7 +166,7 @@ def _errors(groups: Sequence[list[Row]]) -> str:
     lines = []
     for rows in groups:
         by = {row.impl: row.error for row in rows}
-        lines.append([_label(rows[0]), *(f"{float(by[i]):.1e}" if by.get(i) else "" for i in columns)])
+        lines.append([label(rows[0]), *(f"{float(by[i]):.1e}" if by.get(i) else "" for i in columns)])
     return "Error against float64, relative in norm, of the worst answer:\n\n" + table(
         ["", *(LABELS[impl] for impl in columns)], lines
     )
@@ -203,17 +185,31 @@ def _peaks(groups: Sequence[list[Row]]) -> str:
     )
 
 
+def _details(groups: Sequence[list[Row]]) -> str:
+    """Of SWITCHING: which share of the weights does not come back."""
+    columns = _columns(groups)
+    lines = [[label(rows[0]), *({r.impl: r.detail for r in rows}.get(i, "") for i in columns)] for rows in groups]
+    return "Of the bits of W after one round trip, in and out:\n\n" + table(
+        ["", *(LABELS[impl] for impl in columns)], lines
+    )
+
+
+def _name(row: Row) -> str:
+    return FLOORS.get(row.op, LABELS[FLOOR]) if row.impl == FLOOR else LABELS.get(row.impl, row.impl).strip("*")
+
+
 def losses(rows: Sequence[Row]) -> list[str]:
     """Where another implementation beats ours by more than a hundredth, LoRA's other map included."""
-    champions = ("accelerated",) if rows[0].mode == "eval" else ("auto", "frodkernels")
+    champions = ("accelerated", "frodkernels") if rows[0].mode == "eval" else ("auto", "frodkernels")
+    aside = [*OURS, *PATHS, *CONTEXT, *([] if rows[0].op == SAMPLED else [FLOOR])]
     timed = {row.impl: row for row in rows if measured(row)}
     found = []
     for mine in (timed[impl] for impl in champions if impl in timed):
-        for rival in (row for impl, row in timed.items() if impl not in (*OURS, *PATHS, FLOOR)):
+        for rival in (row for impl, row in timed.items() if impl not in aside):
             lead = float(mine.ratio or mine.ms) / float(rival.ratio or rival.ms)
             if lead > 1.01:
-                what = LABELS.get(rival.impl, rival.impl).strip("*") + (f" ({rival.detail})" if rival.detail else "")
-                found.append(f"{_label(mine)}: {what} takes {1 / lead:.2f} of the time")
+                what = _name(rival) + (f" ({rival.detail})" if rival.detail else "")
+                found.append(f"{label(mine)}: {what} takes {1 / lead:.2f} of the time")
     return found
 
 
@@ -233,7 +229,7 @@ def _facts(rows: Sequence[Row]) -> str:
 
 
 def _order(rows: list[Row]) -> tuple[int, ...]:
-    return rows[0].n * rows[0].m, rows[0].n, rows[0].T, rows[0].rank
+    return rows[0].n * rows[0].m, rows[0].n, rows[0].T, rows[0].rank, rows[0].nnz
 
 
 def _section(groups: Sequence[list[Row]], title: str, figure: str | None) -> str:
@@ -242,8 +238,12 @@ def _section(groups: Sequence[list[Row]], title: str, figure: str | None) -> str
         parts.append(f"![{title}]({figure})\n")
     op, mode = groups[0][0].op, groups[0][0].mode
     parts.append(_peaks(groups) if op == MEMORY else _ratios(groups))
-    if op in OVERHEADS and mode == "step":
-        parts += [_against(groups), _overheads(groups), _errors(groups)]
+    if op in BRIEFLY and mode == "step":
+        parts += [_against(groups), *([_overheads(groups)] if op in OVERHEADS else []), _errors(groups)]
+    if op == SWITCHING and mode == "unmerge":
+        parts += [_details(groups), _errors(groups)]
+    if op == SAMPLED:
+        parts += [*break_evens(groups), _errors(groups)]
     saved = _saved(groups)
     if saved:
         parts.append(saved)
@@ -268,16 +268,20 @@ def render(rows: Iterable[Row], figures: Path, page: Path) -> str:
         parts.append(f"## {machine[1]}{cold}\n")
         parts.append(_facts([row for rows in here for row in rows]))
         for op, op_title in OPS.items():
-            for mode, mode_title in MODES.items():
-                for dtype, dtype_title in DTYPES.items():
+            for mode in MODES:
+                for dtype in DTYPES:
                     chosen = sorted(
                         (g for g in here if (g[0].op, g[0].mode, g[0].dtype) == (op, mode, dtype)), key=_order
                     )
                     if not chosen:
                         continue
-                    figure = plot(chosen, figures, f"{op_title}, {mode_title}, {dtype_title}", LABELS)
+                    what, of = mode_title(op, mode), dtype_title(op, dtype)
+                    if op == SAMPLED:
+                        figure = draw(chosen, page.parent / "figures", of)
+                    else:
+                        figure = plot(chosen, figures, f"{op_title}, {what}, {of}", LABELS)
                     link = None if figure is None else Path(os.path.relpath(figure, page.parent)).as_posix()
-                    parts.append(_section(chosen, f"{op_title}: {mode_title}, {dtype_title}", link))
+                    parts.append(_section(chosen, f"{op_title}: {what}, {of}", link))
     return "\n".join(parts)
 
 

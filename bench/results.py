@@ -64,7 +64,7 @@ class Row:
 
     @property
     def shape(self) -> tuple:
-        return (self.model, self.layer, self.m, self.n, self.T, self.rank)
+        return (self.model, self.layer, self.m, self.n, self.T, self.nnz, self.rank)
 
     @property
     def key(self) -> tuple:

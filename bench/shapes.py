@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Layers of named models, how many tokens a step of theirs brings, and the ranks of the adapters that have one."""
+"""Layers of named models, how many tokens a step of theirs brings, and the sizes of the adapters they get."""
 
 from __future__ import annotations
 
@@ -48,6 +48,29 @@ class RankShape(Shape):
 
 
 @dataclass(frozen=True)
+class DeltaShape(RankShape):
+    """The layer with a sparse change of its weight: as many entries as a LoRA adapter of ``rank`` has parameters."""
+
+    @property
+    def nnz(self) -> int:
+        return self.rank * (self.m + self.n)
+
+
+@dataclass(frozen=True)
+class SampledShape(Shape):
+    """A product [m, n] of T tokens, wanted at ``percent`` of its positions only."""
+
+    percent: float
+
+    @property
+    def nnz(self) -> int:
+        return max(1, round(self.m * self.n * self.percent / 100))
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} {self.percent:g}%"
+
+
+@dataclass(frozen=True)
 class ConvShape(RankShape):
     """A convolution that keeps the image's size, as a layer of n = channels kernel^2 inputs and T = pixels.
 
@@ -93,6 +116,41 @@ RANKED: dict[str, tuple[RankShape, ...]] = {
     "quick": (*ranked(OPT_SHORT, 8), *ranked(BERT_LARGE, 32)),
     "default": tuple(shape for base in _ADAPTED for shape in ranked(base, 8, 32)),
     "full": tuple(shape for base in (*_ADAPTED, LLAMA_8B) for shape in ranked(base, 8, 32)),
+}
+
+DELTAS: dict[str, tuple[DeltaShape, ...]] = {
+    size: tuple(DeltaShape(**vars(base), rank=rank) for base, *ranks in chosen for rank in ranks)
+    for size, chosen in {
+        "quick": ((OPT_SHORT, 8), (BERT_LARGE, 20)),
+        "default": ((OPT_SHORT, 8, 20), (BERT_LARGE, 8, 20), (LLAMA_1B_KEY, 8, 20), (LLAMA_1B, 8, 20, 32)),
+        "full": ((OPT_SHORT, 8, 20), (BERT_LARGE, 8, 20), (LLAMA_1B_KEY, 8, 20), (LLAMA_1B, 8, 20, 32), (LLAMA_8B, 20)),
+    }.items()
+}
+
+# A weight alone, which meets no tokens while adapters are exchanged in it.
+MERGED: dict[str, tuple[DeltaShape, ...]] = {
+    size: tuple(DeltaShape(**{**vars(base), "T": 0}, rank=rank) for rank in ranks)
+    for size, base, ranks in (
+        ("quick", LLAMA_1B, (8,)),
+        ("default", LLAMA_8B, (8, 16, 32, 64)),
+        ("full", LLAMA_8B, (8, 16, 32, 64)),
+    )
+}
+
+COLUMNS: dict[str, tuple[RankShape, ...]] = {  # the rank is the number of columns
+    "quick": ranked(OPT_SHORT, 8),
+    "default": tuple(shape for base in (BERT_LARGE, LLAMA_1B_KEY, LLAMA_1B) for shape in ranked(base, 8, 16)),
+    "full": tuple(shape for base in (BERT_LARGE, LLAMA_1B_KEY, LLAMA_1B, LLAMA_8B) for shape in ranked(base, 8, 16)),
+}
+
+PERCENTS = (0.1, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
+SAMPLED: dict[str, tuple[SampledShape, ...]] = {
+    size: tuple(SampledShape(**vars(base), percent=percent) for base in bases for percent in percents)
+    for size, bases, percents in (
+        ("quick", (LLAMA_1B_KEY,), (0.1, 2.0, 20.0)),
+        ("default", (LLAMA_1B, LLAMA_3B), PERCENTS),
+        ("full", (LLAMA_1B, LLAMA_3B, LLAMA_8B), PERCENTS),
+    )
 }
 
 CONVOLUTION = ConvShape("Stable Diffusion", "3x3 conv, 32x32", 320, 320 * 9, 1024, True, rank=8, kernel=3, size=32)

@@ -10,19 +10,23 @@ from types import ModuleType
 
 import torch
 
-from bench import frod, householder, hra, hra_conv, sparse_core
+from bench import frod, householder, hra, hra_conv, paca, sampled, sparse_core, sparse_delta, switching
 from bench._interleave import Group
 from bench._timing import Clock
 from bench.shapes import Shape
 
-FAMILIES: dict[str, ModuleType] = {module.OP: module for module in (frod, sparse_core, hra, hra_conv, householder)}
+FAMILIES: dict[str, ModuleType] = {
+    module.OP: module
+    for module in (frod, sparse_core, hra, hra_conv, householder, sparse_delta, paca, sampled, switching)
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WIDE_PARAMETERS = (hra.OP, hra_conv.OP, householder.OP)  # measured with u of x's dtype and with u in float32
+# measured with what is trained in x's dtype, and with that in float32
+WIDE_PARAMETERS = (hra.OP, hra_conv.OP, householder.OP, sparse_delta.OP, paca.OP)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A group to be measured. ``dtype`` is one of DTYPES, or two joined by "+": of x and the layer, and of u."""
+    """A group to be measured. ``dtype`` is one of DTYPES, or two joined by "+": of x and the layer, of parameters."""
 
     op: str
     mode: str
