@@ -19,25 +19,12 @@ from peft.tuners.frod import FrodModel
 from safetensors.torch import load_file, save_file
 
 import frodkernels as fk
+from tests.peft.files import FILE, add, contents, put, remake, same, structure
 from tests.peft.models import Tiny, frod, x
 
 UP, DOWN = "base_model.frod_s_indices.up", "base_model.frod_s_indices.down"
 LAMBDA = "base_model.model.blocks.1.up.frod_lambda_l"
 VALUES = "base_model.model.blocks.0.down.frod_lambda_s_values"
-
-
-def _set(key, *where, value):
-    def change(state):
-        state[key][where] = value
-
-    return change
-
-
-def _swap(key, make):
-    def change(state):
-        state[key] = make(state[key]).contiguous()
-
-    return change
 
 
 def _duplicate(state):
@@ -71,48 +58,41 @@ def _only_an_index(state):
     state[UP][0, 3] = 10**6
 
 
-def _add(key, tensor):
-    def change(state):
-        state[key] = tensor.clone()
-
-    return change
-
-
 BASE, HEAD = "base_model.model.blocks.0.up.base_layer.weight", "base_model.model.head.weight"
 
 # name -> (what is done to a good file, what the message must name)
 FILES = {
-    "row of n": (_set(UP, 0, 3, value=24), [UP, "rows[3] = 24"]),
-    "row past the end": (_set(UP, 0, 3, value=70), [UP, "rows[3] = 70"]),
-    "row of -1": (_set(UP, 0, 0, value=-1), [UP, "rows[0] = -1"]),
-    "row of -5000": (_set(DOWN, 0, 0, value=-5000), [DOWN, "rows[0] = -5000"]),
-    "row of 1e6": (_set(UP, 0, 7, value=10**6), [UP, "rows[7] = 1000000"]),
-    "column of 2^40": (_set(UP, 1, 7, value=2**40), [UP, "cols[7] = 1099511627776"]),
-    "smallest column": (_set(UP, 1, 7, value=-(2**63)), [UP, "cols[7]"]),
+    "row of n": (put(UP, 0, 3, value=24), [UP, "rows[3] = 24"]),
+    "row past the end": (put(UP, 0, 3, value=70), [UP, "rows[3] = 70"]),
+    "row of -1": (put(UP, 0, 0, value=-1), [UP, "rows[0] = -1"]),
+    "row of -5000": (put(DOWN, 0, 0, value=-5000), [DOWN, "rows[0] = -5000"]),
+    "row of 1e6": (put(UP, 0, 7, value=10**6), [UP, "rows[7] = 1000000"]),
+    "column of 2^40": (put(UP, 1, 7, value=2**40), [UP, "cols[7] = 1099511627776"]),
+    "smallest column": (put(UP, 1, 7, value=-(2**63)), [UP, "cols[7]"]),
     "duplicate": (_duplicate, [UP, "duplicates"]),
-    "huge size": (_swap("base_model.frod_s_size.up", lambda t: torch.tensor([2**20, 2**20])), ["frod_s_size.up"]),
+    "huge size": (remake("base_model.frod_s_size.up", lambda t: torch.tensor([2**20, 2**20])), ["frod_s_size.up"]),
     "size of another category": (
-        _swap("base_model.frod_s_size.up", lambda t: torch.tensor([40, 40])),
+        remake("base_model.frod_s_size.up", lambda t: torch.tensor([40, 40])),
         ["frod_s_size.up", "40 x 40", "24 x 24"],
     ),
-    "negative size": (_set("base_model.frod_s_size.down", 0, value=-40), ["frod_s_size.down"]),
-    "size of three": (_swap("base_model.frod_s_size.up", lambda t: torch.tensor([24, 24, 1])), ["frod_s_size.up"]),
-    "fractional size": (_swap("base_model.frod_s_size.up", lambda t: t.float()), ["frod_s_size.up", "integers"]),
-    "short values": (_swap(VALUES, lambda t: t[:-1]), [VALUES, "159"]),
-    "long values": (_swap(VALUES, lambda t: torch.cat([t, t])), [VALUES, "320"]),
-    "short indices": (_swap(UP, lambda t: t[:, :-2]), [UP, "55", "57"]),
-    "three rows of indices": (_swap(UP, lambda t: torch.cat([t, t[:1]])), [UP, "[2, nnz]"]),
-    "flat indices": (_swap(UP, lambda t: t.flatten()), [UP, "[2, nnz]"]),
-    "float indices": (_swap(UP, lambda t: t.float()), [UP, "integer"]),
-    "half indices": (_swap(UP, lambda t: t.half()), [UP, "integer"]),
-    "boolean indices": (_swap(UP, lambda t: t > 3), [UP, "integer"]),
-    "complex lambda": (_swap(LAMBDA, lambda t: t.to(torch.complex64)), [LAMBDA, "complex64"]),
-    "integer lambda": (_swap(LAMBDA, lambda t: t.long()), [LAMBDA, "int64"]),
-    "short lambda": (_swap(LAMBDA, lambda t: t[:-1]), [LAMBDA, "[24]"]),
-    "flat V": (_swap("base_model.frod_V.up", lambda t: t[:, :-1]), ["frod_V.up", "square"]),
-    "V of another size": (_swap("base_model.frod_V.up", lambda t: t[:20, :20]), ["frod_V.up", "20 x 20", "24"]),
-    "integer V": (_swap("base_model.frod_V.up", lambda t: t.long()), ["frod_V.up", "int64"]),
-    "NaN in V": (_set("base_model.frod_V.up", 2, 3, value=float("nan")), ["frod_V.up", "finite"]),
+    "negative size": (put("base_model.frod_s_size.down", 0, value=-40), ["frod_s_size.down"]),
+    "size of three": (remake("base_model.frod_s_size.up", lambda t: torch.tensor([24, 24, 1])), ["frod_s_size.up"]),
+    "fractional size": (remake("base_model.frod_s_size.up", lambda t: t.float()), ["frod_s_size.up", "integers"]),
+    "short values": (remake(VALUES, lambda t: t[:-1]), [VALUES, "159"]),
+    "long values": (remake(VALUES, lambda t: torch.cat([t, t])), [VALUES, "320"]),
+    "short indices": (remake(UP, lambda t: t[:, :-2]), [UP, "55", "57"]),
+    "three rows of indices": (remake(UP, lambda t: torch.cat([t, t[:1]])), [UP, "[2, nnz]"]),
+    "flat indices": (remake(UP, lambda t: t.flatten()), [UP, "[2, nnz]"]),
+    "float indices": (remake(UP, lambda t: t.float()), [UP, "integer"]),
+    "half indices": (remake(UP, lambda t: t.half()), [UP, "integer"]),
+    "boolean indices": (remake(UP, lambda t: t > 3), [UP, "integer"]),
+    "complex lambda": (remake(LAMBDA, lambda t: t.to(torch.complex64)), [LAMBDA, "complex64"]),
+    "integer lambda": (remake(LAMBDA, lambda t: t.long()), [LAMBDA, "int64"]),
+    "short lambda": (remake(LAMBDA, lambda t: t[:-1]), [LAMBDA, "[24]"]),
+    "flat V": (remake("base_model.frod_V.up", lambda t: t[:, :-1]), ["frod_V.up", "square"]),
+    "V of another size": (remake("base_model.frod_V.up", lambda t: t[:20, :20]), ["frod_V.up", "20 x 20", "24"]),
+    "integer V": (remake("base_model.frod_V.up", lambda t: t.long()), ["frod_V.up", "int64"]),
+    "NaN in V": (put("base_model.frod_V.up", 2, 3, value=float("nan")), ["frod_V.up", "finite"]),
     "no projections": (_drop_projections, ["projection"]),
     "no V": (lambda state: state.pop("base_model.frod_V.down"), ["frod_V.down", "missing"]),
     "no indices": (lambda state: state.pop(UP), [UP, "missing"]),
@@ -120,31 +100,19 @@ FILES = {
     "no values": (lambda state: state.pop(VALUES), [VALUES, "missing"]),
     "no layers": (_without_layers(lambda state: None), [".up.frod_lambda", "missing"]),
     "no layers, another size": (_without_layers(_of_twenty), ["frod_V.up", "20 x 20", "24"]),
-    "no layers, short indices": (_without_layers(_swap(UP, lambda t: t[:, :3])), [UP, "3 entries", "57"]),
+    "no layers, short indices": (_without_layers(remake(UP, lambda t: t[:, :3])), [UP, "3 entries", "57"]),
     "no layers, only an index": (_without_layers(_only_an_index), ["frod_V.up", "missing"]),
-    "lambda of a named adapter": (_add(LAMBDA + ".default", torch.ones(3)), [LAMBDA + ".default", "no such FRoD"]),
-    "U": (_add(LAMBDA.replace("lambda_l", "U"), torch.ones(3)), ["blocks.1.up.frod_U"]),
-    "layer out of nowhere": (_add(LAMBDA.replace("1", "7"), torch.ones(24)), ["blocks.7.up.frod_lambda_l"]),
-    "category out of nowhere": (_add("base_model.frod_V.side", torch.eye(3)), ["frod_V.side"]),
-    "base weight": (_add(BASE, torch.zeros(40, 24)), [BASE, "overwrite the base model"]),
-    "base weight of another shape": (_add(BASE, torch.zeros(40, 3)), [BASE, "overwrite the base model"]),
-    "base bias": (_add(BASE.replace("weight", "bias"), torch.zeros(40)), ["up.base_layer.bias"]),
-    "head": (_add(HEAD, torch.zeros(3, 24)), [HEAD, "overwrite the base model"]),
-    "another adapter's lambda": (_add(LAMBDA + ".other", torch.ones(24)), [LAMBDA + ".other"]),
-    "unknown": (_add("surprise", torch.ones(1)), ["surprise"]),
+    "lambda of a named adapter": (add(LAMBDA + ".default", torch.ones(3)), [LAMBDA + ".default", "no such FRoD"]),
+    "U": (add(LAMBDA.replace("lambda_l", "U"), torch.ones(3)), ["blocks.1.up.frod_U"]),
+    "layer out of nowhere": (add(LAMBDA.replace("1", "7"), torch.ones(24)), ["blocks.7.up.frod_lambda_l"]),
+    "category out of nowhere": (add("base_model.frod_V.side", torch.eye(3)), ["frod_V.side"]),
+    "base weight": (add(BASE, torch.zeros(40, 24)), [BASE, "overwrite the base model"]),
+    "base weight of another shape": (add(BASE, torch.zeros(40, 3)), [BASE, "overwrite the base model"]),
+    "base bias": (add(BASE.replace("weight", "bias"), torch.zeros(40)), ["up.base_layer.bias"]),
+    "head": (add(HEAD, torch.zeros(3, 24)), [HEAD, "overwrite the base model"]),
+    "another adapter's lambda": (add(LAMBDA + ".other", torch.ones(24)), [LAMBDA + ".other"]),
+    "unknown": (add("surprise", torch.ones(1)), ["surprise"]),
 }
-
-
-def structure(model):
-    return [(name, type(module), sorted(module.__dict__)) for name, module in model.named_modules()]
-
-
-def contents(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def outcome(run, is_intact):
@@ -233,11 +201,11 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             good = Path(folder) / str(dtype)
             frod(Tiny().to(dtype)).save_pretrained(good)
-            tensors = load_file(good / "adapter_model.safetensors")
+            tensors = load_file(good / FILE)
             for name, (change, _) in FILES.items():
                 state = {key: tensor.clone() for key, tensor in tensors.items()}
                 change(state)
-                save_file(state, good / "adapter_model.safetensors", metadata={"format": "pt"})
+                save_file(state, good / FILE, metadata={"format": "pt"})
                 case = f"{name}, {str(dtype).removeprefix('torch.')}"
                 results[f"from_pretrained: {case}"] = from_pretrained(good, dtype)
                 results[f"load_adapter, plain: {case}"] = into_live(good, dtype, False)

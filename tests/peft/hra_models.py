@@ -11,7 +11,7 @@ from peft import HRAConfig, PeftModel, get_peft_model
 from peft.tuners.hra.layer import HRALayer
 from torch import Tensor, nn
 
-from tests.peft.models import Tiny, close
+from tests.peft.models import Tiny
 
 
 class Images(nn.Module):
@@ -76,31 +76,5 @@ def base_weights(model: nn.Module) -> list[Tensor]:
     return [layer.get_base_layer().weight.detach().clone() for layer in layers(model)]
 
 
-def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
 def images(dtype: torch.dtype = torch.float32, seed: int = 5) -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def step(model: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
-    """(output, input gradient, {name: gradient}) of one training step."""
-    model.zero_grad()
-    args = tuple(a.clone().requires_grad_() if a.is_floating_point() else a for a in args)
-    out = model(*args)
-    out = getattr(out, "logits", out)
-    out.square().sum().backward()
-    return out.detach(), args[0].grad, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_step(ours, plain, *args, tol=1e-5):
-    got, want = step(ours, *args), step(plain, *args)
-    close(got[0], want[0], tol)
-    if want[1] is not None:
-        close(got[1], want[1], tol)
-    assert got[2].keys() == want[2].keys()
-    for name, grad in want[2].items():
-        assert got[2][name].dtype == grad.dtype
-        # u's gradient is what is left of larger terms
-        torch.testing.assert_close(got[2][name], grad, rtol=1e-4, atol=tol * float(grad.abs().max()) + 1e-5)

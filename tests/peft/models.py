@@ -120,3 +120,29 @@ def close(got: Tensor, want: Tensor, tol: float = 1e-5) -> None:
     """Equal up to ``tol`` of the largest entry."""
     scale = float(want.abs().max()) if want.numel() else 0.0
     torch.testing.assert_close(got, want, rtol=tol, atol=tol * max(scale, 1e-30))
+
+
+def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(p.dtype == q.dtype and torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+def step(model: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    """(output, input gradient, {name: gradient}) of one training step."""
+    model.zero_grad()
+    args = tuple(a.clone().requires_grad_() if a.is_floating_point() else a for a in args)
+    out = model(*args)
+    out = getattr(out, "logits", out)
+    out.square().sum().backward()
+    return out.detach(), args[0].grad, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_step(ours, plain, *args, tol=1e-5):
+    got, want = step(ours, *args), step(plain, *args)
+    close(got[0], want[0], tol)
+    if want[1] is not None:
+        close(got[1], want[1], tol)
+    assert got[2].keys() == want[2].keys()
+    for name, grad in want[2].items():
+        assert got[2][name].dtype == grad.dtype
+        # HRA: u's gradient is what is left of larger terms
+        torch.testing.assert_close(got[2][name], grad, rtol=1e-4, atol=tol * float(grad.abs().max()) + 1e-5)

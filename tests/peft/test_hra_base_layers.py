@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import frodkernels as fk
-from tests.peft.hra_models import Images, assert_same_step, hra, images, layers, step, twins
-from tests.peft.models import Tiny, close, x
+from tests.peft.hra_models import Images, hra, images, layers, twins
+from tests.peft.models import Tiny, assert_same_step, close, step, x
 
 
 def test_hooks_on_the_layer_stay():

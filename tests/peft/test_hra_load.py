@@ -17,10 +17,10 @@ from torch import nn
 import frodkernels as fk
 from frodkernels.peft.hra_layer import FastHRAConv2d, FastHRALinear
 from tests.peft import models
+from tests.peft.files import FILE, add, contents, put, remake, same, structure
 from tests.peft.hra_models import Images, config, hra, images, layers, shake
 from tests.peft.models import BERT_TARGETS, Tiny, bert, close, tokens, x
 
-FILE = "adapter_model.safetensors"
 U = "base_model.model.blocks.0.up.hra_u"
 METHODS = ("from_pretrained", "load_adapter", "add_adapter")
 
@@ -164,64 +164,31 @@ def test_rank_deficiency_is_judged_on_what_was_loaded(tmp_path, caplog):
 # ---- broken files -------------------------------------------------------------------------------------------------
 
 
-def _set(key, *where, value):
-    def change(state):
-        state[key][where] = value
-
-    return change
-
-
-def _make(key, make):
-    def change(state):
-        state[key] = make(state[key]).contiguous()
-
-    return change
-
-
-def _add(key, tensor):
-    def change(state):
-        state[key] = tensor.clone()
-
-    return change
-
-
 HEAD, BASE = "base_model.model.head.weight", "base_model.model.blocks.0.up.base_layer.weight"
 # name -> (what is done to a good file, what the message must name)
 FILES = {
-    "zero column": (_set(U, slice(None), 2, value=0), [U, "zero", "[2]"]),
-    "all zero": (_make(U, torch.zeros_like), [U, "zero", "[0, 1, 2, 3]"]),
-    "negative zeros": (_set(U, slice(None), 1, value=-0.0), [U, "zero", "[1]"]),
-    "NaN": (_set(U, 3, 1, value=float("nan")), [U, "finite", "[1]"]),
-    "infinity": (_set(U, 3, 0, value=float("inf")), [U, "finite", "[0]"]),
-    "too few columns": (_make(U, lambda t: t[:, :3]), [U, "[24, 4]", "[24, 3]"]),
-    "too many columns": (_make(U, lambda t: torch.cat([t, t], 1)), [U, "[24, 4]", "[24, 8]"]),
-    "too few rows": (_make(U, lambda t: t[:-1]), [U, "[24, 4]", "[23, 4]"]),
-    "transposed": (_make(U, lambda t: t.t()), [U, "[24, 4]", "[4, 24]"]),
-    "flat": (_make(U, lambda t: t.flatten()), [U, "[96]"]),
-    "integers": (_make(U, lambda t: (t * 9).long() + 1), [U, "int64"]),
-    "booleans": (_make(U, lambda t: t > 0), [U, "bool"]),
-    "complex": (_make(U, lambda t: t.to(torch.complex64)), [U, "complex64"]),
-    "8 bits": (_make(U, lambda t: t.to(torch.float8_e4m3fn)), [U, "float8_e4m3fn"]),
+    "zero column": (put(U, slice(None), 2, value=0), [U, "zero", "[2]"]),
+    "all zero": (remake(U, torch.zeros_like), [U, "zero", "[0, 1, 2, 3]"]),
+    "negative zeros": (put(U, slice(None), 1, value=-0.0), [U, "zero", "[1]"]),
+    "NaN": (put(U, 3, 1, value=float("nan")), [U, "finite", "[1]"]),
+    "infinity": (put(U, 3, 0, value=float("inf")), [U, "finite", "[0]"]),
+    "too few columns": (remake(U, lambda t: t[:, :3]), [U, "[24, 4]", "[24, 3]"]),
+    "too many columns": (remake(U, lambda t: torch.cat([t, t], 1)), [U, "[24, 4]", "[24, 8]"]),
+    "too few rows": (remake(U, lambda t: t[:-1]), [U, "[24, 4]", "[23, 4]"]),
+    "transposed": (remake(U, lambda t: t.t()), [U, "[24, 4]", "[4, 24]"]),
+    "flat": (remake(U, lambda t: t.flatten()), [U, "[96]"]),
+    "integers": (remake(U, lambda t: (t * 9).long() + 1), [U, "int64"]),
+    "booleans": (remake(U, lambda t: t > 0), [U, "bool"]),
+    "complex": (remake(U, lambda t: t.to(torch.complex64)), [U, "complex64"]),
+    "8 bits": (remake(U, lambda t: t.to(torch.float8_e4m3fn)), [U, "float8_e4m3fn"]),
     "missing": (lambda state: state.pop(U), [U, "missing"]),
     "empty": (lambda state: state.clear(), [U, "missing"]),
-    "layer out of nowhere": (_add(U.replace("0", "7"), torch.ones(24, 4)), ["blocks.7.up.hra_u", "no such HRA"]),
-    "named adapter": (_add(U + ".default", torch.ones(24, 4)), [U + ".default", "no such HRA"]),
-    "base weight": (_add(BASE, torch.zeros(40, 24)), [BASE, "overwrite the base model"]),
-    "head": (_add(HEAD, torch.zeros(3, 24)), [HEAD, "overwrite the base model"]),
-    "unknown": (_add("surprise", torch.ones(1)), ["surprise"]),
+    "layer out of nowhere": (add(U.replace("0", "7"), torch.ones(24, 4)), ["blocks.7.up.hra_u", "no such HRA"]),
+    "named adapter": (add(U + ".default", torch.ones(24, 4)), [U + ".default", "no such HRA"]),
+    "base weight": (add(BASE, torch.zeros(40, 24)), [BASE, "overwrite the base model"]),
+    "head": (add(HEAD, torch.zeros(3, 24)), [HEAD, "overwrite the base model"]),
+    "unknown": (add("surprise", torch.ones(1)), ["surprise"]),
 }
-
-
-def structure(model):
-    return [(name, type(module), sorted(module.__dict__)) for name, module in model.named_modules()]
-
-
-def contents(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")

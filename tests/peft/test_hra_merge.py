@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import frodkernels as fk
-from tests.peft.hra_models import Images, all_equal, base_weights, hra, images, layers, shake, twins, two
-from tests.peft.models import IN, Tiny, close, x
+from tests.peft.hra_models import Images, base_weights, hra, images, layers, shake, twins, two
+from tests.peft.models import IN, Tiny, all_equal, close, x
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 MODELS = [(Tiny, x), (Images, images)]

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import frodkernels as fk
 from frodkernels.peft.hra_layer import FastHRAConv2d, FastHRALinear
-from tests.peft.hra_models import Images, assert_same_step, config, hra, images, layers, shake, step, twins, two
-from tests.peft.models import BERT_TARGETS, IN, Tiny, bert, close, tokens, x
+from tests.peft.hra_models import Images, config, hra, images, layers, shake, twins, two
+from tests.peft.models import BERT_TARGETS, IN, Tiny, assert_same_step, bert, close, step, tokens, x
 
 
 @pytest.mark.parametrize("train", [True, False])

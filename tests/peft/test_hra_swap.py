@@ -15,8 +15,8 @@ from torch import nn
 
 import frodkernels as fk
 from frodkernels.peft.hra_layer import FastHRAConv2d, FastHRALinear
-from tests.peft.hra_models import Images, config, hra, images, layers, shake, step, twins, two
-from tests.peft.models import IN, Tiny, close, x
+from tests.peft.hra_models import Images, config, hra, images, layers, shake, twins, two
+from tests.peft.models import IN, Tiny, close, step, x
 
 UP = "base_model.model.blocks.0.up"
 
