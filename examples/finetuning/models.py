@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import FrodConfig, HRAConfig, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import FrodConfig, HRAConfig, LoraConfig, PeftConfig, PeftModel, ShiraConfig, TaskType, get_peft_model
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -68,6 +68,8 @@ def adapter_config(method: str, settings: Settings) -> PeftConfig:
         return LoraConfig(r=settings.lora_rank, lora_alpha=2 * settings.lora_rank, **common)
     if method in PAIRS["HRA"]:
         return HRAConfig(r=settings.hra_rank, **common)
+    if method in PAIRS["SHiRA"]:  # the seed makes the positions the same for both
+        return ShiraConfig(r=settings.shira_rank, random_seed=settings.seed, **common)
     return FrodConfig(sparse_rate=settings.sparse_rate, progressbar=False, **common)
 
 
@@ -94,7 +96,11 @@ def make_optimizer(model: PeftModel, method: str, settings: Settings) -> tuple[O
     if method in PAIRS["FRoD"]:
         groups = param_groups(model, settings.head_lr, lambda_lr=settings.lambda_lr, values_lr=settings.values_lr)
     else:
-        part, rate = ("lora_", settings.lora_lr) if method == LORA else ("hra_u", settings.hra_lr)
+        part, rate = {
+            LORA: ("lora_", settings.lora_lr),
+            **dict.fromkeys(PAIRS["HRA"], ("hra_u", settings.hra_lr)),
+            **dict.fromkeys(PAIRS["SHiRA"], ("shira_weight", settings.shira_lr)),
+        }[method]
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         groups = [
             {"params": [p for name, p in named if part in name], "lr": rate},

@@ -14,7 +14,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from .settings import FRODKERNELS, FRODKERNELS_HRA, LORA, PAIRS, PEFT_FROD, PEFT_HRA, Settings
+from .settings import (
+    FRODKERNELS,
+    FRODKERNELS_HRA,
+    FRODKERNELS_SHIRA,
+    LORA,
+    PAIRS,
+    PEFT_FROD,
+    PEFT_HRA,
+    PEFT_SHIRA,
+    Settings,
+)
 
 NAMES = {
     LORA: "LoRA",
@@ -22,6 +32,8 @@ NAMES = {
     FRODKERNELS: "FRoD, frodkernels",
     PEFT_HRA: "HRA, plain PEFT",
     FRODKERNELS_HRA: "HRA, frodkernels",
+    PEFT_SHIRA: "SHiRA, plain PEFT",
+    FRODKERNELS_SHIRA: "SHiRA, frodkernels",
 }
 COLOURS = {
     LORA: "#7f7f7f",
@@ -29,6 +41,8 @@ COLOURS = {
     FRODKERNELS: "#1b6ca8",
     PEFT_HRA: "#e6ab02",
     FRODKERNELS_HRA: "#4b8b3b",
+    PEFT_SHIRA: "#c994c7",
+    FRODKERNELS_SHIRA: "#6a3d9a",
 }
 
 REPORT_WIDTH = 110

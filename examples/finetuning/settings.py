@@ -14,9 +14,15 @@ PEFT_FROD = "peft-frod"
 FRODKERNELS = "frodkernels"
 PEFT_HRA = "peft-hra"
 FRODKERNELS_HRA = "frodkernels-hra"
-METHODS = (LORA, PEFT_FROD, FRODKERNELS, PEFT_HRA, FRODKERNELS_HRA)
+PEFT_SHIRA = "peft-shira"
+FRODKERNELS_SHIRA = "frodkernels-shira"
+METHODS = (LORA, PEFT_FROD, FRODKERNELS, PEFT_HRA, FRODKERNELS_HRA, PEFT_SHIRA, FRODKERNELS_SHIRA)
 # adapter -> (as PEFT runs it, on frodkernels): the same function, so that the two can be held against each other
-PAIRS = {"FRoD": (PEFT_FROD, FRODKERNELS), "HRA": (PEFT_HRA, FRODKERNELS_HRA)}
+PAIRS = {
+    "FRoD": (PEFT_FROD, FRODKERNELS),
+    "HRA": (PEFT_HRA, FRODKERNELS_HRA),
+    "SHiRA": (PEFT_SHIRA, FRODKERNELS_SHIRA),
+}
 
 
 class DemoError(Exception):
@@ -43,11 +49,13 @@ class Settings:
     lora_rank: int = 8
     hra_rank: int = 8
     hra_penalty: float = 0.0
+    shira_rank: int = 8
     head_lr: float = 2e-2
     lora_lr: float = 3e-3
     lambda_lr: float = 1e-2
     values_lr: float = 3e-3
     hra_lr: float = 3e-2
+    shira_lr: float = 3e-3
     warmup_steps: int = 3
     timing_rounds: int = 3
     threads: int = 0

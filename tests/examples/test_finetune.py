@@ -35,7 +35,7 @@ def test_a_tiny_run_end_to_end(tmp_path: Path) -> None:
     small = (
         "--steps 2 --eval-texts 8 --batch-size 4 --sequence-length 16 --timing-rounds 1 --threads 1 --hra-penalty 0.01"
     )
-    methods = "lora,frodkernels,peft-frod,peft-hra,frodkernels-hra"
+    methods = "lora,frodkernels,peft-frod,peft-hra,frodkernels-hra,peft-shira,frodkernels-shira"
     # query and value are 384 wide; the 1536-wide layers would spend the test's time on the joint decomposition.
     run = finetune(*small.split(), "--methods", methods, "--targets", "query,value", "--output", str(tmp_path))
     assert run.returncode == 0, run.stderr
