@@ -141,16 +141,16 @@ def _torch(case: DeltaCase, other: DeltaCase, mode: str) -> Contestant:
     return contestant(mode, switch(case), switch(other), exact=True)
 
 
-def _peft(case: DeltaCase, other: DeltaCase, mode: str) -> Contestant:
-    """``merge`` and ``unmerge`` of PEFT's SHiRA layers."""
+def _peft(case: DeltaCase, other: DeltaCase, mode: str, accelerated: bool) -> Contestant:
+    """``merge`` and ``unmerge`` of PEFT's SHiRA layers, or of those that ``fk.peft.accelerate`` makes of them."""
     weight = case.weight.clone()
 
     def switch(case: DeltaCase) -> Switch:
-        layer: Any = peft_layers.shira(case)
+        layer: Any = peft_layers.shira(case, accelerated=accelerated)
         layer.get_base_layer().weight = nn.Parameter(weight, requires_grad=False)
         return Switch(weight, layer.merge, layer.unmerge, lambda dtype: changed(case, dtype))
 
-    return contestant(mode, switch(case), switch(other), exact=False)
+    return contestant(mode, switch(case), switch(other), exact=accelerated)
 
 
 def _lora(case: DeltaCase, other: DeltaCase, mode: str) -> Contestant:
@@ -189,7 +189,7 @@ def truth(case: DeltaCase, mode: str) -> Truth:
 
 def implementations(mode: str, compile: bool = True) -> tuple[str, ...]:
     """The contestants, in the order of the tables; the same in every mode."""
-    return (FLOOR, "peft", "torch", "frodkernels", "lora")
+    return (FLOOR, "peft", "torch", "frodkernels", "accelerated", "lora")
 
 
 def group(shape: DeltaShape, mode: str, dtype: torch.dtype, clock: Clock, device: torch.device, compile: bool) -> Group:
@@ -198,9 +198,10 @@ def group(shape: DeltaShape, mode: str, dtype: torch.dtype, clock: Clock, device
     other = dataclasses.replace(make_case(shape, dtype, device, seed=1), weight=case.weight)
     makers: dict[str, Callable[[], Contestant]] = {
         FLOOR: lambda: _floor(case),
-        "peft": lambda: _peft(case, other, mode),
+        "peft": lambda: _peft(case, other, mode, accelerated=False),
         "torch": lambda: _torch(case, other, mode),
         "frodkernels": lambda: _ours(case, other, mode),
+        "accelerated": lambda: _peft(case, other, mode, accelerated=True),
         "lora": lambda: _lora(case, other, mode),
     }
     entries = tuple(Entry(impl, makers[impl]) for impl in implementations(mode, compile))
