@@ -14,6 +14,7 @@
 // rows at a time, and the entries are picked from there, a warp a row. Segments are added up in double: a chain of
 // float sums is never longer than a segment.
 #pragma once
+#include "cuda/mma_common.cuh"
 #include "cuda/sampled.h"
 #include "cuda/scalars.cuh"
 
@@ -32,6 +33,18 @@ struct Args {
   int64_t range_columns;
   unsigned row_blocks;
   int32_t split_tiles;  // of tokens
+};
+
+// Which thread this is, found out anew each time: what follows from it would take the registers of the sums.
+struct Thread {
+  int index, lane, warp;
+  __device__ __forceinline__ Thread() {
+    uint32_t thread = threadIdx.x;
+    recompute(thread);
+    index = thread;
+    lane = index % 32;
+    warp = index / 32;
+  }
 };
 
 // The first slot in [from, to) of one row whose column is `column` or beyond; `to` where there is none.
@@ -56,6 +69,7 @@ struct Walk {
   int64_t beyond;                // the range's columns
   int32_t column;                // the first of the present block; -1: there is none
   int32_t first_tile, end_tile;  // of the split's tokens
+  int32_t tile;                  // the first of the present segment
   int32_t least[kRows / 32];
   int32_t begin[kRows], end[kRows];  // the rows' slots in the present block
   int32_t last[kRows];               // where the rows end
@@ -93,10 +107,19 @@ struct Walk {
       int32_t found = kNoColumn;
 #pragma unroll
       for (int w = 0; w < kRows / 32; ++w) found = min(found, least[w]);
+      tile = first_tile;
       column = found < beyond && found != kNoColumn ? found / kColumns * kColumns : -1;
     }
     __syncthreads();
     return column >= 0;
+  }
+
+  // Goes to the next segment of `tiles`; false where there is none. All threads.
+  __device__ __forceinline__ bool next_segment(int tiles) {
+    __syncthreads();
+    if (threadIdx.x == 0) tile += tiles;
+    __syncthreads();
+    return tile < end_tile;
   }
 
   // The rows' slots in the present block. All threads; they see them after the next barrier.
@@ -111,22 +134,23 @@ struct Walk {
 // Picks the entries of `rows` staged rows of sums, `pitch` numbers apart. row_of: a staged row's place in the block.
 template <typename Walk, typename acc, typename RowOf>
 __device__ __forceinline__ void pick_entries(const acc* staged, int pitch, int rows, RowOf row_of, const Walk& walk,
-                                             const Args& p, bool first) {
-  const int lane = threadIdx.x % 32;
+                                             const Args& p) {
+  const Thread at;
   double* const partial = p.partial + blockIdx.y * p.stride;
 #pragma unroll 1
-  for (int s0 = threadIdx.x / 32; s0 < rows; s0 += kWarps * kRowsAhead) {
+  for (int s0 = at.warp; s0 < rows; s0 += kWarps * kRowsAhead) {
     int32_t next[kRowsAhead];
 #pragma unroll
     for (int k = 0; k < kRowsAhead; ++k) {
-      const int r = row_of(s0 + k * kWarps), slot = walk.begin[r] + lane;
+      const int r = row_of(s0 + k * kWarps), slot = walk.begin[r] + at.lane;
       next[k] = slot < walk.end[r] ? read_index(p.view, slot) : 0;
     }
 #pragma unroll
     for (int k = 0; k < kRowsAhead; ++k) {
       const int s = s0 + k * kWarps, r = row_of(s);
       const int32_t end = walk.end[r];
-      int32_t slot = walk.begin[r] + lane, index = next[k];
+      int32_t slot = walk.begin[r] + at.lane, index = next[k];
+      const bool first = walk.tile == walk.first_tile;
 #pragma unroll 1
       while (slot < end) {
         const double sum = static_cast<double>(staged[s * pitch + index - walk.column]);

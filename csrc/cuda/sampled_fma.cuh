@@ -90,22 +90,22 @@ __global__ void __launch_bounds__(kThreads, 1) sampled_fma_kernel(const Args p) 
   Place& walk = walks[0];
   walk.start(p);
   while (walk.next(p.view)) {
-    for (int32_t first = walk.first_tile; first < walk.end_tile; first += kFmaSegment) {
-      const int tiles = min(walk.end_tile - first, kFmaSegment);
+    do {
+      const auto tiles = [&] { return min(walk.end_tile - walk.tile, kFmaSegment); };
       const auto copy = [&](int tile) {
-        if (tile < tiles) {
+        if (tile < tiles()) {
           char* const stage = shared + tile % kFmaStages * kFmaStage;
-          const int64_t t = int64_t(first + tile) * kFmaTokens;
+          const int64_t t = int64_t(walk.tile + tile) * kFmaTokens;
           copy_fma_tile<scalar_t>(stage, p.b, walk.row, p.view.rows, t, p.T);
           copy_fma_tile<scalar_t>(stage + kFmaRow, p.a, walk.column, p.view.columns, t, p.T);
         }
         ptx::cp_async_commit();
       };
       for (int tile = 0; tile < kFmaStages - 1; ++tile) copy(tile);
-      if (first == walk.first_tile) walk.take(p.view);
+      if (walk.tile == walk.first_tile) walk.take(p.view);
 
       scalar_t sums[kMicro][kMicro] = {};
-      for (int tile = 0; tile < tiles; ++tile) {
+      for (int tile = 0; tile < tiles(); ++tile) {
         ptx::cp_async_wait<kFmaStages - 2>();
         __syncthreads();  // this tile is there, and every warp has left the one whose place comes next
         copy(tile + kFmaStages - 1);
@@ -146,12 +146,9 @@ __global__ void __launch_bounds__(kThreads, 1) sampled_fma_kernel(const Args p) 
           }
         }
         __syncthreads();
-        pick_entries(
-            staged, kSide, kSide / 2, [half](int s) { return half * (kSide / 2) + s; }, walk, p,
-            first == walk.first_tile);
+        pick_entries(staged, kSide, kSide / 2, [half](int s) { return half * (kSide / 2) + s; }, walk, p);
       }
-      __syncthreads();
-    }
+    } while (walk.next_segment(kFmaSegment));
   }
 }
 

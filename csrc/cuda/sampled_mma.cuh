@@ -6,7 +6,7 @@
 //          rows of either start on 16 bytes
 // Types    scalar_t = __half | __nv_bfloat16; products are exact, sums float. Tensor cores cut what they add to a sum,
 //          towards zero: they sum 32 tokens from zero, tiles are added as floats are, rounded to nearest.
-// Method   A block is 128 rows x 256 columns, a warp makes 64 x 64 of it in registers. Tiles of 32 tokens pass through
+// Method   A block is 128 rows x 192 columns, a warp makes 64 x 48 of it in registers. Tiles of 32 tokens pass through
 //          a ring of kStages in shared memory. Contiguous tokens: ldmatrix takes both fragments as they lie; contiguous
 //          features: turned. Either way rows of 16 bytes that are read together fall in different banks.
 // Grid     x: row blocks x ranges of columns, row blocks first;  y: token splits. 256 threads. No atomics; the order of
@@ -14,12 +14,11 @@
 // NaN and infinity stay with the entries of their own features: a sum meets two features, and zeros beyond T in both.
 // Needs    nnz < 2^31, columns < 2^31; fewer than 2^31 tiles of tokens.
 #pragma once
-#include "cuda/mma_common.cuh"
 #include "cuda/sampled_common.cuh"
 
 namespace frodkernels::cuda::sampled {
 
-constexpr int kMmaRows = 128, kMmaColumns = 256, kMmaTokens = 32, kMmaStages = 4;
+constexpr int kMmaRows = 128, kMmaColumns = 192, kMmaTokens = 32, kMmaStages = 4;
 constexpr int kMmaBytes = kMmaTokens * 2;            // of a feature in a tile
 constexpr int kMmaColumnsAt = kMmaRows * kMmaBytes;  // in a stage: the columns' features
 constexpr int kMmaStage = (kMmaRows + kMmaColumns) * kMmaBytes;
@@ -34,28 +33,26 @@ template <int kFeatures, bool kTokenMajor>
 __device__ __forceinline__ void copy_mma_tile(char* to, const Features& from, int64_t first, int64_t all, int64_t t,
                                               int64_t T) {
   const auto* data = static_cast<const uint16_t*>(from.data);
-  uint32_t thread = threadIdx.x;
-  recompute(thread);  // addresses would take the registers of the sums
+  const int thread = Thread().index;
   if constexpr (!kTokenMajor) {
-    const int chunk = static_cast<int>(thread) % 4;
+    const int chunk = thread % 4;
     const int live = live_tokens<__half>(T, t + chunk * 8);
 #pragma unroll
     for (int i = 0; i < kFeatures * 4 / kThreads; ++i) {
-      const int f = i * (kThreads / 4) + static_cast<int>(thread) / 4;
+      const int f = i * (kThreads / 4) + thread / 4;
       const int there = first + f < all ? live : 0;
       ptx::cp_async<16>(to + f * kMmaBytes + ((chunk ^ (f >> 1)) & 3) * 16,
                         data + (there > 0 ? (first + f) * from.stride + t + chunk * 8 : 0), there * 2);
     }
   } else {
-    constexpr int kChunks = kFeatures / 8;
-    const int chunk = static_cast<int>(thread) % kChunks;
-    const int live = live_tokens<__half>(all, first + chunk * 8);
+    static_assert(kThreads == 8 * kMmaTokens, "eight threads a token");
+    const int k = thread / 8, chunk = thread % 8;
+    char* const place = to + k * kFeatures * 2 + (chunk ^ (k & 7)) * 16;
 #pragma unroll
-    for (int i = 0; i < kMmaTokens * kChunks / kThreads; ++i) {
-      const int k = i * (kThreads / kChunks) + static_cast<int>(thread) / kChunks;
-      const int there = t + k < T ? live : 0;
-      ptx::cp_async<16>(to + k * kFeatures * 2 + (chunk ^ (k & 7)) * 16,
-                        data + (there > 0 ? (t + k) * from.stride + first + chunk * 8 : 0), there * 2);
+    for (int i = 0; i < kFeatures / 64; ++i) {
+      const int64_t f = first + i * 64 + chunk * 8;
+      const int there = t + k < T ? live_tokens<__half>(all, f) : 0;
+      ptx::cp_async<16>(place + i * 128, data + (there > 0 ? (t + k) * from.stride + f : 0), there * 2);
     }
   }
 }
@@ -86,45 +83,42 @@ __device__ __forceinline__ void load_columns(uint32_t (&r)[4], const char* tile,
 template <typename scalar_t, bool kTokenMajor>
 __global__ void __launch_bounds__(kThreads, 1) sampled_mma_kernel(const Args p) {
   SIMT_DYN_SHARED(char, shared);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, q = lane & 3, g = lane >> 2;
   using Place = Walk<kMmaRows, kMmaColumns, kMmaTokens>;
   SIMT_SHARED(Place, walks, [1]);
   Place& walk = walks[0];
   walk.start(p);
   while (walk.next(p.view)) {
-    for (int32_t first = walk.first_tile; first < walk.end_tile; first += kMmaSegment) {
-      const int tiles = min(walk.end_tile - first, kMmaSegment);
+    do {
+      const auto tiles = [&] { return min(walk.end_tile - walk.tile, kMmaSegment); };
       const auto copy = [&](int tile) {
-        if (tile < tiles) {
+        if (tile < tiles()) {
           char* const stage = shared + tile % kMmaStages * kMmaStage;
-          const int64_t t = int64_t(first + tile) * kMmaTokens;
+          const int64_t t = int64_t(walk.tile + tile) * kMmaTokens;
           copy_mma_tile<kMmaRows, kTokenMajor>(stage, p.b, walk.row, p.view.rows, t, p.T);
           copy_mma_tile<kMmaColumns, kTokenMajor>(stage + kMmaColumnsAt, p.a, walk.column, p.view.columns, t, p.T);
         }
         ptx::cp_async_commit();
       };
       for (int tile = 0; tile < kMmaStages - 1; ++tile) copy(tile);
-      if (first == walk.first_tile) walk.take(p.view);
+      if (walk.tile == walk.first_tile) walk.take(p.view);
 
-      float sums[4][8][4] = {};
-      for (int tile = 0; tile < tiles; ++tile) {
+      float sums[4][6][4] = {};
+      for (int tile = 0; tile < tiles(); ++tile) {
         ptx::cp_async_wait<kMmaStages - 2>();
         __syncthreads();  // this tile is there, and every warp has left the one whose place comes next
         copy(tile + kMmaStages - 1);
         const char* const stage = shared + tile % kMmaStages * kMmaStage;
-        uint32_t thread = threadIdx.x;
-        recompute(thread);
-        const int l = static_cast<int>(thread % 32), w = static_cast<int>(thread / 32);
+        const Thread at;
         uint32_t rows[4][2][4];
 #pragma unroll
         for (int m = 0; m < 4; ++m) {
 #pragma unroll
-          for (int k = 0; k < 2; ++k) load_rows<kTokenMajor>(rows[m][k], stage, w % 2 * 64 + m * 16, k, l);
+          for (int k = 0; k < 2; ++k) load_rows<kTokenMajor>(rows[m][k], stage, at.warp % 2 * 64 + m * 16, k, at.lane);
         }
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < 6; ++j) {
           uint32_t columns[4];
-          load_columns<kTokenMajor>(columns, stage + kMmaColumnsAt, w / 2 * 64 + j * 8, l);
+          load_columns<kTokenMajor>(columns, stage + kMmaColumnsAt, at.warp / 2 * 48 + j * 8, at.lane);
           const uint32_t low[2] = {columns[0], columns[1]}, high[2] = {columns[2], columns[3]};
 #pragma unroll
           for (int m = 0; m < 4; ++m) {
@@ -139,23 +133,21 @@ __global__ void __launch_bounds__(kThreads, 1) sampled_mma_kernel(const Args p) 
       ptx::cp_async_wait<0>();
 
       // 16 rows of each of the two rows of warps at a time.
+      const Thread at;
       float* const staged = reinterpret_cast<float*>(shared);
 #pragma unroll
       for (int m = 0; m < 4; ++m) {
         __syncthreads();  // tiles, or the rows before, have been read
-        float* const to = staged + (warp % 2 * 16 + g) * kMmaPitch + warp / 2 * 64 + 2 * q;
+        float* const to = staged + (at.warp % 2 * 16 + at.lane / 4) * kMmaPitch + at.warp / 2 * 48 + at.lane % 4 * 2;
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int j = 0; j < 6; ++j) {
           gpu::store(to + j * 8, make_float2(sums[m][j][0], sums[m][j][1]));
           gpu::store(to + 8 * kMmaPitch + j * 8, make_float2(sums[m][j][2], sums[m][j][3]));
         }
         __syncthreads();
-        pick_entries(
-            staged, kMmaPitch, kMmaStaged, [m](int s) { return s / 16 * 64 + m * 16 + s % 16; }, walk, p,
-            first == walk.first_tile);
+        pick_entries(staged, kMmaPitch, kMmaStaged, [m](int s) { return s / 16 * 64 + m * 16 + s % 16; }, walk, p);
       }
-      __syncthreads();
-    }
+    } while (walk.next_segment(kMmaSegment));
   }
 }
 
