@@ -55,7 +55,7 @@ class Settings:
     lambda_lr: float = 1e-2
     values_lr: float = 3e-3
     hra_lr: float = 3e-2
-    shira_lr: float = 3e-3
+    shira_lr: float = 1e-2
     warmup_steps: int = 3
     timing_rounds: int = 3
     threads: int = 0
