@@ -71,21 +71,42 @@ inline Mask lanes(F f) {
   return m;
 }
 
-// [a0 + a1, a2 + a3, ..., b0 + b1, ...]: applied log2(lanes) times to a full set of vectors, it sums each of them.
-template <typename V, typename Mask>
-inline V pair_sums(V a, V b) {
-  const Mask even = lanes<Mask>([](int i) { return 2 * i; });
-  const Mask odd = lanes<Mask>([](int i) { return 2 * i + 1; });
-  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
+// Sums of a set of vectors, pair by pair, first within 16 bytes and then of those. kWithin: [a0 + a2, b0 + b2, a1 + a3,
+// b1 + b3] of each 16 bytes, or of pairs of 8 bytes [a0 + a1, b0 + b1]; else of neighbouring 16 bytes of a, then of b.
+// Shuffles within 16 bytes, and of whole ones, are the cheapest there are.
+template <typename V, typename Mask, int kEach, bool kWithin>
+[[gnu::always_inline]] inline V pair_sums(V a, V b) {
+  constexpr int kCount = int(sizeof(V) / sizeof(a[0])), kBlock = 16 / int(sizeof(a[0]));
+  const auto place = [](int l, int second) {
+    if (kWithin) {  // kEach neighbours at a time, from a and b in turn
+      const int k = l % kBlock, half = kBlock / 2;
+      return l / kBlock * kBlock + k / (2 * kEach) * kEach + k % kEach + k / kEach % 2 * kCount + second * half;
+    }
+    const int from = 2 * (l / kBlock) + second;  // of the blocks of a and b in a row
+    return from * kBlock + l % kBlock;
+  };
+  const Mask first = lanes<Mask>([&](int l) { return place(l, 0); });
+  const Mask second = lanes<Mask>([&](int l) { return place(l, 1); });
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
 }
 
 // rows[k] -> lane k of the result is the sum of rows[k]; the tree is the same for every k.
 template <typename V, typename Mask, int kCount>
-inline V sum_each(V (&rows)[kCount]) {
+[[gnu::always_inline]] inline V sum_each(V (&rows)[kCount]) {
+  constexpr int kBlock = 16 / int(sizeof(rows[0][0]));
 #pragma GCC unroll 8
   for (int width = kCount; width > 1; width /= 2) {
 #pragma GCC unroll 16
-    for (int i = 0; i < width / 2; ++i) rows[i] = pair_sums<V, Mask>(rows[2 * i], rows[2 * i + 1]);
+    for (int i = 0; i < width / 2; ++i) {
+      V& to = rows[i];
+      if (width == kCount) {
+        to = pair_sums<V, Mask, 1, true>(rows[2 * i], rows[2 * i + 1]);
+      } else if (kBlock == 4 && 2 * width == kCount) {
+        to = pair_sums<V, Mask, 2, true>(rows[2 * i], rows[2 * i + 1]);
+      } else {
+        to = pair_sums<V, Mask, 1, false>(rows[2 * i], rows[2 * i + 1]);
+      }
+    }
   }
   return rows[0];
 }

@@ -100,30 +100,29 @@ static void forward_tasks(const Product& a, int64_t begin, int64_t end) {
 // ---- backward ------------------------------------------------------------------------------------------------------
 
 // Dot products waiting for their horizontal sums: a full set of vectors is summed by one tree of shuffles, and lane k
-// of the result is added to partial[first + k].
+// of the result is added to the k-th partial sum from `next`. Always inline: its counters belong in registers.
 template <typename S>
 struct Dots {
   using Vec = typename S::Vec;
   Vec pending[S::kVecLanes];
-  typename S::acc* partial;
-  int64_t first;
+  typename S::acc* next;
   int filled = 0;
 
-  Dots(typename S::acc* to, int64_t at) : partial(to), first(at) {}
+  explicit Dots(typename S::acc* to) : next(to) {}
 
-  void add(Vec dot) {
+  [[gnu::always_inline]] void add(Vec dot) {
     pending[filled++] = dot;
     if (filled < S::kVecLanes) return;
-    store(partial + first, load<Vec>(partial + first) + sum_each<Vec, typename S::Mask>(pending));
-    first += S::kVecLanes;
+    store(next, load<Vec>(next) + sum_each<Vec, typename S::Mask>(pending));
+    next += S::kVecLanes;
     filled = 0;
   }
 
-  void finish() {
+  [[gnu::always_inline]] void finish() {
     if (filled == 0) return;
     for (int k = filled; k < S::kVecLanes; ++k) pending[k] = Vec{};
     const Vec sums = sum_each<Vec, typename S::Mask>(pending);
-    for (int k = 0; k < filled; ++k) partial[first + k] += sums[k];
+    for (int k = 0; k < filled; ++k) next[k] += sums[k];
   }
 };
 
@@ -149,7 +148,8 @@ static void backward_groups(const Product& a, const typename S::tile* u, const t
   u += at;
   z += at;
   RowWriter<S, kChunks> out(a.out, t0 + at, count - at);
-  Dots<S> by_slot(partial_values, a.plan.indptr[g0]), by_group(partial_lam, g0);
+  Dots<S> by_slot(kWantValues ? partial_values + a.plan.indptr[g0] : nullptr);
+  Dots<S> by_group(partial_lam != nullptr ? partial_lam + g0 : nullptr);
   for (int64_t g = g0; g < g1; ++g) {
     Vec acc[kAcc], own[kAcc], zg[kAcc];
 #pragma GCC unroll 16
