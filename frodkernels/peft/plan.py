@@ -35,10 +35,12 @@ class Plan:
         prepare(pattern)
         return replace(self, pattern=pattern)
 
-    def describes(self, indices: Tensor) -> bool:
+    def describes(self, indices: object) -> bool:
         """Made from a tensor of the same content: the model has been moved."""
         return (
-            self.version == version(self.indices)
+            isinstance(indices, Tensor)
+            and not (indices.is_meta or self.indices.is_meta)
+            and self.version == version(self.indices)
             and self.indices.shape == indices.shape
             and self.indices.dtype == indices.dtype
             and torch.equal(self.indices.to(indices.device), indices)

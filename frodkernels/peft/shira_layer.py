@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from frodkernels.nn.eval_cache import CacheBudget, EvalCache, may_cache
 from frodkernels.pattern import SparsePattern
 from frodkernels.peft.base_layer import plain_base
 from frodkernels.peft.plan import Plan
-from frodkernels.peft.shira_merge import Merged, add, in_place, put_back
+from frodkernels.peft.shira_merge import Merged, add, in_place, put_back, read
 from frodkernels.peft.shira_plan import plan_adapter
 
 logger = logging.getLogger("frodkernels")
@@ -205,6 +206,22 @@ class FastShiraLinear(PeftShiraLinear):
             self._merged_from = merged
         else:
             self.__dict__.pop("_merged_from", None)
+
+    def _merged_again(self) -> Callable[[], None]:
+        """What writes the merged entries, as they are now, where a failed load has unmerged them."""
+        if not self._in_place():
+            return lambda: None
+        weight = self.base_layer.weight.detach()
+        ours = {merged.adapter: merged.pattern for merged in self._merged_from}
+        names = [name for name in self.merged_adapters if name in ours or name in self.shira_weight]
+        patterns = [ours.get(name) or self._pattern(name) for name in names]
+        entries = [(pattern, read(weight, pattern)) for pattern in patterns]
+
+        def merge() -> None:
+            for pattern, there in entries:
+                scatter_values_(self.base_layer.weight.detach(), there, pattern, accumulate=False)
+
+        return merge
 
     def _release(self) -> None:
         """Undo our own merges, and forget all that PEFT's class does not know."""

@@ -71,6 +71,12 @@ def add(weight: Tensor, values: Tensor, pattern: SparsePattern, scale: float, sa
     return old, new
 
 
+def read(weight: Tensor, pattern: SparsePattern) -> Tensor:
+    """The entries of a weight, [nnz]."""
+    rows, cols = pattern.coo()
+    return weight[rows.to(weight.device), cols.to(weight.device)]
+
+
 def put_back(weight: Tensor, merged: Merged) -> bool:
     """Put the entries from before a merge back; False, and nothing is changed, where somebody has overwritten them."""
     pattern = merged.pattern

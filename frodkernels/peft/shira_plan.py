@@ -13,7 +13,8 @@ from frodkernels.pattern import SparsePattern
 from frodkernels.peft.file_keys import check_floats
 from frodkernels.peft.plan import Plan, check_indices, digest, integers
 
-# (m, n, device, dtype and digest of the indices) -> pattern. Layers made with one random_seed have the same positions.
+# (m, n, device; shape, dtype and digest of the indices) -> pattern. PEFT's random positions depend on nothing but the
+# layer's shape, r and random_seed, so that many layers have the same.
 Known = dict[tuple, SparsePattern]
 
 
@@ -52,7 +53,7 @@ def _pattern(indices: Tensor, shape: tuple[int, int], where: str, values: Tensor
     """Made on the device of the values: PEFT's indices do not follow the model, it moves them when it uses them."""
     if not integers(indices) or indices.is_meta or values.is_meta:
         return check_indices(indices, shape, where)
-    key = (*shape, values.device, indices.dtype, digest(indices))
+    key = (*shape, values.device, indices.shape, indices.dtype, digest(indices))
     if key not in known:
         known[key] = check_indices(indices.to(values.device), shape, where)
     return known[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,8 @@ _CONTAINERS = (dict, OrderedDict, list, set)
 
 class Snapshot:
     """The structure of a model, by reference: classes, attributes and containers of every module, which parameters
-    there are and whether they train. Tensors are not copied, save those named in ``contents``.
+    there are and whether they train. Tensors are not copied, save those named in ``contents`` and what is needed to
+    merge again: PEFT unmerges a model that an adapter joins, which SHiRA does in place.
     """
 
     def __init__(self, model: nn.Module, contents: Iterable[Tensor] = ()) -> None:
@@ -30,6 +31,14 @@ class Snapshot:
             self._modules.append((module, type(module), attributes))
         # p.data aliases the storage: no copy
         self._parameters = [(p, p.requires_grad, p.data, p.grad) for p in model.parameters()]
+        self._merged: list[Callable[[], None]] = []
+        contents = list(contents)
+        layers: list[Any] = [module for module in model.modules() if hasattr(module, "shira_weight")]
+        for layer in layers:
+            if layer.merged_adapters and hasattr(layer, "_merged_again"):
+                self._merged.append(layer._merged_again())
+            elif layer.merged_adapters:  # PEFT's own class: a copy of the weight is the way to have its bits again
+                contents.append(layer.get_base_layer().weight)
         self._contents = [(tensor, tensor.detach().clone()) for tensor in contents]
 
     def restore(self) -> None:
@@ -51,6 +60,8 @@ class Snapshot:
         with torch.no_grad():
             for tensor, content in self._contents:
                 tensor.copy_(content)
+            for merge in self._merged:
+                merge()
         for module, _, _ in self._modules:  # layers of ours forget what they planned for an adapter that is gone
             getattr(module, "_forget_strangers", lambda: None)()
 
