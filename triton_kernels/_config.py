@@ -170,3 +170,66 @@ def householder_splits(programs: int, blocks: int, wanted: int = HOUSEHOLDER_PRO
     while splits < HOUSEHOLDER_SPLITS and 2 * splits * programs <= wanted and 2 * splits <= blocks:
         splits *= 2
     return splits
+
+
+class SampledConfig(NamedTuple):
+    """Tile of one program of the tiled sampled product: BLOCK_R groups x BLOCK_N features, BLOCK_T tokens at a time.
+
+    BLOCK_S entries of every row are taken out of a block at a time: more than most rows have in it, and then a block is
+    one round. FOLD tiles of tokens make a part of a sum.
+    """
+
+    block_r: int
+    block_n: int
+    block_t: int
+    block_s: int
+    fold: int
+    num_warps: int
+    num_stages: int
+
+    def launch(self) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        return {
+            "BLOCK_R": self.block_r,
+            "BLOCK_N": self.block_n,
+            "BLOCK_T": self.block_t,
+            "BLOCK_S": self.block_s,
+            "FOLD": self.fold,
+            "PROBES": 16,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# bytes per element (8 wherever sums are fp64) -> tile. Two sums of a block, and a tile's product, are in registers at
+# once: eight warps are what holds them. Tiles in fp32 and fp64 are multiplied outside of the tensor cores.
+SAMPLED_TILES: dict[int, SampledConfig] = {
+    2: SampledConfig(64, 128, 64, 32, fold=8, num_warps=8, num_stages=3),
+    4: SampledConfig(64, 64, 16, 16, fold=16, num_warps=8, num_stages=2),
+    8: SampledConfig(64, 64, 16, 16, fold=16, num_warps=8, num_stages=2),
+}
+
+# Programs that a block of groups is divided into: by ranges of features up to the first number, where there are fewer
+# than the second, by tokens too.
+SAMPLED_PROGRAMS = 1024
+SAMPLED_PROGRAMS_LEAST = 256
+
+
+def sampled_grid(config: SampledConfig, groups: int, features: int, tokens: int) -> tuple[int, int, int, int, int]:
+    """(blocks of groups, ranges of features, token splits, feature blocks of a range, token tiles of a split).
+
+    Shapes decide. No range and no split is empty; ranges are up to SAMPLED_PROGRAMS.
+    """
+    rows, blocks, tiles = (
+        -(-size // block)
+        for size, block in ((groups, config.block_r), (features, config.block_n), (tokens, config.block_t))
+    )
+    per_range = -(-blocks // max(SAMPLED_PROGRAMS // rows, 1))
+    ranges = -(-blocks // per_range)
+    per_split = -(-tiles // householder_splits(rows * ranges, tiles, SAMPLED_PROGRAMS_LEAST))
+    return rows, ranges, -(-tiles // per_split), per_range, per_split
+
+
+# a scatter's arithmetic is the reference's, operation by operation: it is not fused
+SCATTER: dict[str, Any] = FLAT | {"enable_fp_fusion": False}

@@ -42,26 +42,33 @@ def _device_guard(features: Tensor, name: str) -> contextlib.AbstractContextMana
     raise ValueError(f"{name} is on {features.device}: the Triton backend runs on CUDA (and ROCm) devices only")
 
 
+def _check_plan(named: dict[str, Tensor | None], indptr: Tensor, indices: Tensor, perm: Tensor) -> None:
+    """One device for everything, the first of `named`; a plan that can be read as it is, of entries that fit."""
+    first, tensor = next(iter(named.items()))
+    device = tensor.device
+    plan = {"indptr": indptr, "indices": indices, "perm": perm}
+    for name, other in {**named, **plan}.items():
+        if other is not None and other.device != device:
+            raise ValueError(f"{name} is on {other.device}, {first} is on {device}")
+    nnz = indices.numel()
+    for name, other in (("values", named.get("values")), ("old", named.get("old")), ("perm", perm)):
+        if other is not None and other.shape != (nnz,):
+            raise ValueError(f"{name} must be [{nnz}], got {list(other.shape)}")
+    for name, other in plan.items():
+        if not other.is_contiguous():
+            raise ValueError(f"{name} must be contiguous")
+    if nnz > _LIMIT:
+        raise ValueError(f"{nnz} entries exceed the Triton backend's limit of {_LIMIT}")
+
+
 def _check(
     features: dict[str, Tensor], lam: Tensor | None, values: Tensor, indptr: Tensor, indices: Tensor, perm: Tensor
 ) -> None:
     """What memory safety needs; the registered op has checked the rest."""
-    device = next(iter(features.values())).device
-    named = {**features, "lam": lam, "values": values, "indptr": indptr, "indices": indices, "perm": perm}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, the features are on {device}")
-    nnz = indices.numel()
-    for name, tensor in (("values", values), ("perm", perm)):
-        if tensor.shape != (nnz,):
-            raise ValueError(f"{name} must be [{nnz}], got {list(tensor.shape)}")
-    for name, tensor in (("indptr", indptr), ("indices", indices), ("perm", perm)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous")
-    for name, size in (("entries", nnz), ("tokens", next(iter(features.values())).shape[1])):
-        if size > _LIMIT:
-            raise ValueError(f"{size} {name} exceed the Triton backend's limit of {_LIMIT}")
-    groups = indptr.numel() - 1
+    _check_plan({**features, "lam": lam, "values": values}, indptr, indices, perm)
+    tokens, groups = next(iter(features.values())).shape[1], indptr.numel() - 1
+    if tokens > _LIMIT:
+        raise ValueError(f"{tokens} tokens exceed the Triton backend's limit of {_LIMIT}")
     if lam is not None and lam.shape != (groups,):
         raise ValueError(f"lam must be [{groups}], got {list(lam.shape)}")
 

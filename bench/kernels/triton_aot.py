@@ -15,7 +15,8 @@ from bench.kernels import static
 ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 ELEMENTS = {"indptr_ptr": "i32", "perm_ptr": "i32", "indices_ptr": "u16"}  # features: the dtype asked for; others fp32
-FEATURES = ("z_ptr", "u_ptr", "out_ptr", "dz_ptr", "x_ptr", "g_ptr", "base_ptr")
+FEATURES = ("z_ptr", "u_ptr", "out_ptr", "dz_ptr", "x_ptr", "g_ptr", "base_ptr", "a_ptr", "b_ptr")
+FEATURES += ("weight_ptr", "old_ptr")  # a weight has the dtype of the features
 SIZES = ("n", "n_out", "m", "x_stride", "g_stride", "base_stride", "width")  # multiples of 16 in a model
 RANK, SPLITS = 32, 4  # of the figures: reflections, and the splits of a sum over features
 
@@ -44,8 +45,19 @@ def declared() -> dict[str, Any]:
 
 
 def _launch(function: Any, names: list[str], dtype: str, tokens: int) -> dict[str, Any]:
-    from frodkernels.triton_kernels._config import FLAT, householder_config, householder_kind, tile_config
+    from frodkernels.triton_kernels._config import (
+        FLAT,
+        SAMPLED_TILES,
+        SCATTER,
+        householder_config,
+        householder_kind,
+        tile_config,
+    )
 
+    if "FOLD" in names:
+        return SAMPLED_TILES[ITEMSIZE[dtype]].launch()
+    if "COPY" in names:
+        return dict(SCATTER)
     if "BLOCK" in names:
         return dict(FLAT)
     if "RANK" in names:
@@ -73,6 +85,12 @@ def _settings(function: Any, dtype: str, tokens: int) -> tuple[dict[str, Any], d
         "X_PARTS": householder.feature_parts(features),
         "PARTS": householder.update_parts(features),
         "PART": tl.bfloat16,
+        "DOT": getattr(tl, dtype),
+        "A_TOKENS": False,  # token-major activations
+        "B_TOKENS": False,
+        "SPLIT": False,
+        "COPY": False,
+        "ACCUMULATE": True,
         **launch,
     }
     constants = {}
@@ -96,8 +114,11 @@ def compile_kernel(name: str, arch: int, dtype: str = "bfloat16", tokens: int = 
         kind = NAMES[dtype] if argument in FEATURES else ELEMENTS.get(argument, "fp32")
         pointer = argument.endswith("_ptr")
         signature[argument] = "constexpr" if argument in constants else f"*{kind}" if pointer else "i32"
-    # As at run time: pointers of whole tensors are aligned to 16 bytes, and so are sizes that are multiples of it.
-    aligned = [i for i, a in enumerate(function.arg_names) if a.endswith("_ptr") or a in SIZES]
+    signature |= {p.name: p.annotation_type for p in function.params if p.annotation_type}
+    # As at run time: pointers of whole tensors are aligned to 16 bytes, and so are sizes that are multiples of it where
+    # the kernel lets Triton look at them.
+    known = [p.name.endswith("_ptr") or (p.name in SIZES and not p.do_not_specialize) for p in function.params]
+    aligned = [i for i, whole in enumerate(known) if whole]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
