@@ -38,3 +38,14 @@ def native_serves(op: str, device: str) -> bool:
         return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
     except RuntimeError:  # no such operator: the library is not loaded
         return False
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+_modes_before_dispatch: Callable[[], int] = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
+
+
+def unwatched(*tensors: Tensor) -> bool:
+    """Whether nothing but the kernels would see a call: then an op may be left out that only compilers need."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _modes_before_dispatch() > 0:
+        return False
+    return all(type(tensor) in _PLAIN for tensor in tensors)

@@ -42,6 +42,7 @@ using vd = double __attribute__((vector_size(kBytes)));
 using vu = uint32_t __attribute__((vector_size(kBytes)));
 using vi = int32_t __attribute__((vector_size(kBytes)));
 using vl = int64_t __attribute__((vector_size(kBytes)));
+using vh = uint16_t __attribute__((vector_size(kBytes / 2)));
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min would be a symbol shared by levels
 

@@ -54,6 +54,7 @@ struct Product {
   Plan plan;
   Tiling tiling;
   Features in, out;  // forward: z, out; backward: u, dz (data null: not needed)
+  bool add = false;  // to what out holds: rounded to storage before and after that addition
   // Backward only.
   Features z;
   void* partial_values = nullptr;  // [splits, nnz] accumulation type; null: not needed

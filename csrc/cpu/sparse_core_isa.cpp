@@ -63,7 +63,7 @@ static void forward_groups(const Product& a, const typename S::tile* tile, int64
   const acc_t* __restrict__ values = static_cast<const acc_t*>(a.plan.values);
   const acc_t* __restrict__ lam = static_cast<const acc_t*>(a.plan.lam);
   tile += at;
-  RowWriter<S, kChunks> out(a.out, t0 + at, count - at);
+  RowWriter<S, kChunks> out(a.out, t0 + at, count - at, a.add);
   for (int64_t g = g0; g < g1; ++g) {
     Vec acc[kAcc];
     if (lam != nullptr) {
@@ -147,7 +147,7 @@ static void backward_groups(const Product& a, const typename S::tile* u, const t
   const acc_t* __restrict__ lam = static_cast<const acc_t*>(a.plan.lam);
   u += at;
   z += at;
-  RowWriter<S, kChunks> out(a.out, t0 + at, count - at);
+  RowWriter<S, kChunks> out(a.out, t0 + at, count - at, a.add);
   Dots<S> by_slot(kWantValues ? partial_values + a.plan.indptr[g0] : nullptr);
   Dots<S> by_group(partial_lam != nullptr ? partial_lam + g0 : nullptr);
   for (int64_t g = g0; g < g1; ++g) {

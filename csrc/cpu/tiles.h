@@ -75,8 +75,41 @@ inline void pack_tile(const Features& x, int64_t rows, int64_t t0, int64_t count
   }
 }
 
-// Writes output rows, kChunks chunks of tokens [t0, t0 + count) each, in ascending order of features. Rows with unit
-// token stride go straight out; others wait for a block of features, so that a token's line is written at once.
+// `count` neighbouring numbers of storage: to = from, or to += from, rounded once.
+template <typename S>
+inline void put(typename S::scalar* to, const typename S::scalar* from, int64_t count, bool add) {
+  using scalar = typename S::scalar;
+  if (!add) {
+    std::memcpy(to, from, size_t(count) * sizeof(scalar));
+    return;
+  }
+  int64_t i = 0;
+  for (; i + S::kTokens <= count; i += S::kTokens) {
+    if constexpr (std::is_same_v<S, F16>) {
+      floats_to_halves(halves_to_floats(to + i) + halves_to_floats(from + i), to + i);
+    } else {
+      typename S::Vec x[S::kVecs], y[S::kVecs];
+      S::unpack(to + i, x);
+      S::unpack(from + i, y);
+#pragma GCC unroll 2
+      for (int v = 0; v < S::kVecs; ++v) x[v] += y[v];
+      S::write(x, to + i);
+    }
+  }
+  for (const scalar* end = from + count; from + i != end; ++i) {
+    if constexpr (std::is_same_v<S, BF16>) {
+      to[i] = float_to_bf16(bf16_to_float(to[i]) + bf16_to_float(from[i]));
+    } else if constexpr (std::is_same_v<S, F16>) {
+      to[i] = float_to_half(half_to_float(to[i]) + half_to_float(from[i]));
+    } else {
+      to[i] += from[i];
+    }
+  }
+}
+
+// Writes, or adds, output rows, kChunks chunks of tokens [t0, t0 + count) each, in ascending order of features. Rows
+// with unit token stride go straight out; others wait for a block of features, so that a token's line is written at
+// once: where features are neighbours, after a transpose in registers.
 template <typename S, int kChunks>
 class RowWriter {
   using scalar = typename S::scalar;
@@ -84,23 +117,24 @@ class RowWriter {
   static constexpr int kRows = 64 / int(sizeof(scalar));  // a cache line of features
   const Features& out_;
   const int64_t t0_, count_;
+  const bool add_;
   int64_t first_ = 0;
   int filled_ = 0;
-  scalar block_[kRows][kWidth];
+  alignas(64) scalar block_[kRows][kWidth];
 
  public:
-  RowWriter(const Features& out, int64_t t0, int64_t count)
-      : out_(out), t0_(t0), count_(count < kWidth ? count : kWidth) {}
+  RowWriter(const Features& out, int64_t t0, int64_t count, bool add)
+      : out_(out), t0_(t0), count_(count < kWidth ? count : kWidth), add_(add) {}
 
   void write(const typename S::Vec* acc, int64_t feature) {
     scalar* to = static_cast<scalar*>(out_.data) + feature * out_.row + t0_;
-    const bool direct = out_.token == 1 && count_ == kWidth;
+    const bool direct = out_.token == 1 && count_ == kWidth && !add_;
     scalar* row = direct ? to : block_[filled_];
 #pragma GCC unroll 16
     for (int c = 0; c < kChunks; ++c) S::write(acc + c * S::kVecs, row + c * S::kTokens);
     if (direct) return;
     if (out_.token == 1) {
-      std::memcpy(to, row, size_t(count_) * sizeof(scalar));
+      put<S>(to, row, count_, add_);
       return;
     }
     if (filled_++ == 0) first_ = feature;
@@ -108,11 +142,48 @@ class RowWriter {
   }
 
   void flush() {
-    for (int64_t t = 0; t < count_; ++t) {
-      scalar* to = static_cast<scalar*>(out_.data) + first_ * out_.row + (t0_ + t) * out_.token;
-      for (int r = 0; r < filled_; ++r) to[r * out_.row] = block_[r][t];
+    scalar* const to = static_cast<scalar*>(out_.data) + first_ * out_.row + t0_ * out_.token;
+    int64_t t = 0;
+    if constexpr (!std::is_same_v<S, F64> && kWidth % (4 / int(sizeof(scalar)) * kLanes) == 0) {
+      if (filled_ == kRows && out_.row == 1) t = flush_words(to);
+    }
+    for (; t < count_; ++t) {
+      scalar line[kRows];
+      for (int r = 0; r < filled_; ++r) line[r] = block_[r][t];
+      if (out_.row == 1) {
+        put<S>(to + t * out_.token, line, filled_, add_);
+      } else {
+        for (int r = 0; r < filled_; ++r) put<S>(to + t * out_.token + r * out_.row, line + r, 1, add_);
+      }
     }
     filled_ = 0;
+  }
+
+ private:
+  // Whole blocks of the tokens that a vector of words holds; how many tokens that was.
+  int64_t flush_words(scalar* to) {
+    constexpr int kStep = 4 / int(sizeof(scalar));  // tokens in a word
+    int64_t t = 0;
+    for (; t + kStep * kLanes <= count_; t += kStep * kLanes) {
+      alignas(64) scalar lines[kStep * kLanes][kRows];
+      for (int f = 0; f < kRows; f += kLanes) {
+        vu r[kLanes];
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) r[l] = load<vu>(&block_[f + l][t]);
+        transpose_words(r);  // r[l]: of kLanes features, the tokens of word l
+#pragma GCC unroll 16
+        for (int l = 0; l < kLanes; ++l) {
+          if constexpr (kStep == 1) {
+            store(&lines[l][f], r[l]);
+          } else {
+            store(&lines[2 * l][f], __builtin_convertvector(r[l] & 0xffffu, vh));
+            store(&lines[2 * l + 1][f], __builtin_convertvector(r[l] >> 16, vh));
+          }
+        }
+      }
+      for (int k = 0; k < kStep * kLanes; ++k) put<S>(to + (t + k) * out_.token, lines[k], kRows, add_);
+    }
+    return t;
   }
 };
 

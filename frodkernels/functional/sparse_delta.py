@@ -22,12 +22,18 @@ from frodkernels.functional._common import (
 )
 from frodkernels.functional._gemm import linear, times
 from frodkernels.functional._views import both_views, columns_view, gradients, product, rows_view
+from frodkernels.ops import sparse_core as ops
 from frodkernels.pattern import SparsePattern
 from frodkernels.reference.sparse_core import accumulator
 
 
 def _scaled(values: Tensor, scale: float) -> Tensor:
     return values if scale == 1.0 else values.to(accumulator(values, values)) * scale
+
+
+def _unscaled(dscaled: Tensor, values: Tensor, scale: float) -> Tensor:
+    """dvalues from the gradient of the scaled values."""
+    return (dscaled if scale == 1.0 else dscaled * scale).to(values.dtype)
 
 
 def _delta_gradients(
@@ -39,9 +45,7 @@ def _delta_gradients(
     z = g.new_empty(columns[0].numel() - 1, g.shape[0]) if x is None else x.t()  # not read without dvalues
     needs = [need_x, False, need_values]
     dx, _, dvalues = gradients(g.t(), z, None, _scaled(values, ctx.scale), columns, needs, True)
-    if dvalues is not None:
-        dvalues = (dvalues if ctx.scale == 1.0 else dvalues * ctx.scale).to(values.dtype)
-    return None if dx is None else dx.t(), dvalues
+    return None if dx is None else dx.t(), None if dvalues is None else _unscaled(dvalues, values, ctx.scale)
 
 
 class SparseDelta(torch.autograd.Function):
@@ -50,7 +54,7 @@ class SparseDelta(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def forward(ctx: Any, x: Tensor, values: Tensor, scale: float, *views: Tensor) -> Tensor:
-        ctx.scale = scale
+        ctx.scale, ctx.dtype = scale, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *columns_view(views))
         return product(x.t(), None, _scaled(values, scale), rows_view(views), True).t()
 
@@ -60,7 +64,7 @@ class SparseDelta(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *columns = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        dx, dvalues = _delta_gradients(ctx, g, x, values, columns, needs[0], needs[1])
+        dx, dvalues = _delta_gradients(ctx, as_dtype(g, ctx.dtype), x, values, columns, needs[0], needs[1])
         return dx, dvalues, *(None,) * (len(needs) - 2)
 
 
@@ -75,12 +79,15 @@ class SparseDeltaLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, scale: float, *views: Tensor
     ) -> Tensor:
-        ctx.scale = scale
+        ctx.scale, ctx.dtype = scale, x.dtype
         _, need_weight, need_values = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if need_weight or need_values else None, weight, values, *columns_view(views))
         y = linear(x, as_dtype(weight, x.dtype), bias)
-        if values.numel():
-            y += product(x.t(), None, _scaled(values, scale), rows_view(views), True).t()
+        rows, scaled = rows_view(views), _scaled(values, scale)
+        if ops.adds_in_place(x, scaled):
+            ops.sparse_core_add_(y.t(), x.t(), scaled, rows[:3])
+        else:
+            y += product(x.t(), None, scaled, rows, True).t()
         return y
 
     @staticmethod
@@ -90,11 +97,17 @@ class SparseDeltaLinear(torch.autograd.Function):
         x, weight, values, *columns = ctx.saved_tensors
         needs = ctx.needs_input_grad
         need_x, need_weight, need_values, need_bias = needs[:4]
-        dx, dvalues = _delta_gradients(ctx, g, x, values, columns, need_x and values.numel() > 0, need_values)
-        if need_x:
-            dense = times(g, as_dtype(weight, g.dtype))
-            dx = dense if dx is None else dense.add_(dx)
-        dweight = None
+        g = as_dtype(g, ctx.dtype)
+        dx = times(g, as_dtype(weight, g.dtype)) if need_x else None
+        dvalues = dweight = None
+        scaled = _scaled(values, ctx.scale)
+        if dx is not None and ops.adds_in_place(g, scaled):
+            z = dx.t() if x is None else x.t()  # not read without dvalues
+            dvalues = ops.sparse_core_backward_add_(dx.t(), g.t(), z, scaled, columns[:3], need_values)
+            dvalues = _unscaled(dvalues, values, ctx.scale) if need_values else None
+        elif need_x or need_values:
+            delta, dvalues = _delta_gradients(ctx, g, x, values, columns, need_x, need_values)
+            dx = dx if dx is None or delta is None else dx.add_(delta)
         if need_weight:
             assert x is not None
             dweight = (g.t() @ x).to(weight.dtype)

@@ -17,9 +17,6 @@ from frodkernels import _ops
 from frodkernels.ops import householder, reflections
 from frodkernels.reference.reflections import kept_dtype, sums_dtype
 
-_PLAIN = (Tensor, torch.nn.Parameter)
-_modes_before_dispatch: Callable[[], int] = getattr(torch._ops, "_len_torch_dispatch_stack_pre_dispatch", lambda: 0)
-
 
 def rounds(x: Tensor, u: Tensor) -> bool:
     """Whether u has x's own 16 bits: then products may round the factors to these, as plain PyTorch would."""
@@ -35,9 +32,7 @@ def _native(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:
 
 def _direct(op: str, x: Tensor, u: Tensor) -> Callable[..., Any] | None:
     """Likewise where nothing watches the call. Python's registration would cost as much as a small product."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or _modes_before_dispatch() > 0:
-        return None
-    return _native(op, x, u) if type(x) in _PLAIN and type(u) in _PLAIN else None
+    return _native(op, x, u) if _ops.unwatched(x, u) else None
 
 
 def check(tokens: Tensor, u: Tensor, name: str) -> None:

@@ -8,6 +8,8 @@ is one compressed view of a :class:`~frodkernels.SparsePattern`; see ``reference
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -138,3 +140,25 @@ _ops.register(
 
 sparse_core = torch.ops.frodkernels.sparse_core.default
 sparse_core_backward = torch.ops.frodkernels.sparse_core_backward.default
+
+
+def adds_in_place(features: Tensor, values: Tensor) -> bool:
+    """Whether :func:`sparse_core_add_` serves calls like this: eager ones on the CPU that nothing watches."""
+    if features.device.type != "cpu" or (values.dtype == torch.float64 and features.dtype != torch.float64):
+        return False
+    return _ops.unwatched(features, values) and _backends.select(FORWARD, "cpu") == "native"
+
+
+def sparse_core_add_(out: Tensor, z: Tensor, values: Tensor, plan: Sequence[Tensor]) -> None:
+    """``out`` [rows, T] += S z, in place; the sum is rounded to out's dtype twice."""
+    _ops.native("sparse_core_add_")(out, z, values, *plan)
+
+
+def sparse_core_backward_add_(
+    dz: Tensor, u: Tensor, z: Tensor, values: Tensor, plan: Sequence[Tensor], want_values: bool
+) -> Tensor:
+    """``dz`` += S^T u, in place, and dvalues (empty where not wanted) from the same pass; the columns' view."""
+    if not (want_values and tiled_is_faster(values.numel(), u, z)):
+        return _ops.native("sparse_core_backward_add_")(dz, u, z, values, *plan, want_values)
+    _ops.native("sparse_core_backward_add_")(dz, u, z, values, *plan, False)
+    return _ops.native("sampled_product")(u, z, *plan, values.dtype, True)
