@@ -32,8 +32,9 @@ struct Sampled {
   int64_t T = 0;
 };
 
-// float16 and bfloat16 go to the tensor cores: both operands in one layout, their rows on 16 bytes. float32 and float64
-// take any alignment and any mix of layouts. `scratch` holds sampled_scratch(s) bytes.
+// float16 and bfloat16 go to the tensor cores: both operands in one layout, their rows on 16 bytes; contiguous features
+// are read up to the next multiple of eight. float32 and float64 take any alignment and any mix of layouts. `scratch`
+// holds sampled_scratch(s) bytes.
 int64_t sampled_scratch(const Sampled& s);
 const char* sampled_product(const Sampled& s, void* scratch, CUstream_st* stream);
 

@@ -31,37 +31,36 @@ __device__ __forceinline__ void copy_fma_tile(char* to, const Features& from, in
   constexpr int kSide = kFmaSide<scalar_t>, kSize = static_cast<int>(sizeof(scalar_t)), kPer = kVec<scalar_t>;
   const auto* data = static_cast<const scalar_t*>(from.data);
   const auto place = [&](int token, int chunk) { return to + token * (2 * kFmaRow) + (chunk ^ (token & 7)) * 16; };
+  const int features = static_cast<int>(min(all - first, int64_t(kSide)));
   if (!from.token_major) {
     // Eight lanes take a sector of tokens, the next eight its neighbour in the chunk: all banks.
-    const int token = threadIdx.x % 8, f0 = threadIdx.x / 8;
+    const int token = threadIdx.x % 8, f = threadIdx.x / 8;
+    const scalar_t* next = data + (first + f) * from.stride + t + token;
 #pragma unroll
-    for (int i = 0; i < kSide * 8 / kThreads; ++i) {
-      const int f = i * (kThreads / 8) + f0;
+    for (int i = 0; i < kSide; i += kThreads / 8, next += kThreads / 8 * from.stride) {
 #pragma unroll
-      for (int k = token; k < kFmaTokens + token; k += 8) {
-        const bool there = first + f < all && t + k < T;
-        ptx::cp_async<kSize>(place(k, f / kPer) + f % kPer * kSize,
-                             data + (there ? (first + f) * from.stride + t + k : 0), there ? kSize : 0);
+      for (int k = 0; k < kFmaTokens; k += 8) {
+        const bool there = i + f < features && t + token + k < T;
+        ptx::cp_async<kSize>(place(token + k, (i + f) / kPer) + f % kPer * kSize, there ? next + k : data,
+                             there ? kSize : 0);
       }
     }
     return;
   }
   if (reinterpret_cast<uintptr_t>(data) % 16 == 0 && from.stride % kPer == 0) {
-    const int chunk = threadIdx.x % 32;
-    const int live = live_tokens<scalar_t>(all, first + chunk * kPer);
+    const int chunk = threadIdx.x % 32, live = max(min(features - chunk * kPer, kPer), 0);
 #pragma unroll
     for (int i = 0; i < kFmaTokens / kWarps; ++i) {
-      const int k = i * kWarps + threadIdx.x / 32;
-      const int there = t + k < T ? live : 0;
-      ptx::cp_async<16>(place(k, chunk), data + (there > 0 ? (t + k) * from.stride + first + chunk * kPer : 0),
+      const int k = i * kWarps + threadIdx.x / 32, there = t + k < T ? live : 0;
+      ptx::cp_async<16>(place(k, chunk), there > 0 ? data + (t + k) * from.stride + first + chunk * kPer : data,
                         there * kSize);
     }
     return;
   }
   for (int i = threadIdx.x; i < kFmaTokens * kSide; i += kThreads) {
     const int k = i / kSide, f = i % kSide;
-    const bool there = first + f < all && t + k < T;
-    ptx::cp_async<kSize>(place(k, f / kPer) + f % kPer * kSize, data + (there ? (t + k) * from.stride + first + f : 0),
+    const bool there = f < features && t + k < T;
+    ptx::cp_async<kSize>(place(k, f / kPer) + f % kPer * kSize, there ? data + (t + k) * from.stride + first + f : data,
                          there ? kSize : 0);
   }
 }

@@ -27,32 +27,33 @@ constexpr int kMmaSegment = 64;                              // tiles
 constexpr int kMmaPitch = kMmaColumns + 8, kMmaStaged = 32;  // of staged sums: numbers, rows
 static_assert(kMmaStaged * kMmaPitch * 4 <= kMmaShared, "sums are staged where tiles were");
 
-// kFeatures features from `first` of `all`, tokens [t, t + 32); zeros outside. Contiguous tokens: four chunks of 8
-// tokens a feature, two features fill 128 bytes, and eight of them take a chunk's eight places.
+// kFeatures features from `first` of `all`, tokens [t, t + 32); zeros beyond T. Features beyond `all` are any: nobody
+// asks for their sums. Contiguous tokens: four chunks of 8 tokens a feature, two features fill 128 bytes, and eight of
+// them take a chunk's eight places. Contiguous features: `all` is rounded up to eights.
 template <int kFeatures, bool kTokenMajor>
 __device__ __forceinline__ void copy_mma_tile(char* to, const Features& from, int64_t first, int64_t all, int64_t t,
                                               int64_t T) {
   const auto* data = static_cast<const uint16_t*>(from.data);
   const int thread = Thread().index;
   if constexpr (!kTokenMajor) {
-    const int chunk = thread % 4;
-    const int live = live_tokens<__half>(T, t + chunk * 8);
+    constexpr int kStep = kThreads / 4;
+    const int f = thread / 4, chunk = thread % 4, live = live_tokens<__half>(T, t + chunk * 8);
+    char* const place = to + f * kMmaBytes + ((chunk ^ (f >> 1)) & 3) * 16;
+    const int64_t token = live > 0 ? t + chunk * 8 : 0;
 #pragma unroll
-    for (int i = 0; i < kFeatures * 4 / kThreads; ++i) {
-      const int f = i * (kThreads / 4) + thread / 4;
-      const int there = first + f < all ? live : 0;
-      ptx::cp_async<16>(to + f * kMmaBytes + ((chunk ^ (f >> 1)) & 3) * 16,
-                        data + (there > 0 ? (first + f) * from.stride + t + chunk * 8 : 0), there * 2);
+    for (int i = 0; i < kFeatures; i += kStep) {
+      const int64_t feature = min(first + i + f, all - 1);
+      ptx::cp_async<16>(place + i * kMmaBytes, data + feature * from.stride + token, live * 2);
     }
   } else {
     static_assert(kThreads == 8 * kMmaTokens, "eight threads a token");
     const int k = thread / 8, chunk = thread % 8;
+    const bool live = t + k < T;
     char* const place = to + k * kFeatures * 2 + (chunk ^ (k & 7)) * 16;
+    const uint16_t* const row = data + (live ? t + k : 0) * from.stride + first + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < kFeatures / 64; ++i) {
-      const int64_t f = first + i * 64 + chunk * 8;
-      const int there = t + k < T ? live_tokens<__half>(all, f) : 0;
-      ptx::cp_async<16>(place + i * 128, data + (there > 0 ? (t + k) * from.stride + f : 0), there * 2);
+    for (int i = 0; i < kFeatures; i += 64) {
+      ptx::cp_async<16>(place + i * 2, first + i + chunk * 8 < all ? row + i : data, live ? 16 : 0);
     }
   }
 }
