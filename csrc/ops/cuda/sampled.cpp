@@ -29,17 +29,17 @@ bool feature_major(const Tensor& t) { return t.size(1) <= 1 || (t.stride(1) == 1
 // Contiguous features, at any stride from token to token.
 bool token_major(const Tensor& t) { return t.size(1) > 1 && t.stride(0) == 1 && t.stride(1) >= t.size(0); }
 
-// As the tensor cores need activations: `t` itself where its tokens start on 16 bytes and fill them, else one copy.
+// As the tensor cores need activations: `t` itself where its tokens start on 16 bytes and fill them; else one copy,
+// with zeros for the features that fill them up.
 Tensor pitched_tokens(const Tensor& t) {
   const int64_t n = t.size(0), pitch = whole_eights(n);
   if (starts_on_16_bytes(t.const_data_ptr()) && t.stride(1) % 8 == 0 && n == pitch) return t;
-  Tensor room = torch::stable::new_empty(t, {t.size(1), pitch});
-  if (n < pitch) {
-    Tensor rest = torch::stable::narrow(room, 1, n, pitch - n);
-    torch::stable::zero_(rest);
-  }
-  Tensor copy = torch::stable::transpose(n == pitch ? room : torch::stable::narrow(room, 1, 0, n), 0, 1);
-  return torch::stable::copy_(copy, t);
+  Tensor room = torch::stable::transpose(torch::stable::new_empty(t, {t.size(1), pitch}), 0, 1);
+  if (n == pitch) return torch::stable::copy_(room, t);
+  Tensor copy = torch::stable::narrow(room, 0, 0, n), rest = torch::stable::narrow(room, 0, n, pitch - n);
+  torch::stable::copy_(copy, t);
+  torch::stable::zero_(rest);
+  return room;
 }
 
 cuda::Features features_of(const Tensor& t) {
