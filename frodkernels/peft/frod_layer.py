@@ -26,13 +26,13 @@ class Slot:
     """All that a fast layer remembers beyond PEFT's state; never copied, pickled or saved.
 
     name     the layer's path when it was swapped, for messages.
-    budget   what the caches of the model may hold together.
+    budget   what the caches of the model may hold together; None: nothing, until accelerate() says how much.
     plans    adapter -> the checked pattern.
     caches   adapter -> the dense weight in evaluation.
     origins  adapter -> the V that U was made from.
     """
 
-    def __init__(self, budget: CacheBudget, name: str = "") -> None:
+    def __init__(self, budget: CacheBudget | None = None, name: str = "") -> None:
         self.name = name
         self.budget = budget
         self.plans: dict[str, Plan] = {}
@@ -75,7 +75,7 @@ class FastFrodLinear(PeftFrodLinear):
     def _slot(self) -> Slot:
         slot = self._fast
         if slot is None:  # a deep copy, or fresh out of a file: cached weights only when accelerate() says so
-            slot = Slot(CacheBudget(0))
+            slot = Slot()
             object.__setattr__(self, "_fast", slot)
         return slot
 
@@ -156,7 +156,7 @@ class FastFrodLinear(PeftFrodLinear):
         if self.training or not may_cache(h, lam, values):
             return None
         slot = self._slot()
-        if slot.budget.limit == 0:
+        if slot.budget is None or slot.budget.limit == 0:
             return None
         cache = slot.caches.get(adapter)
         if cache is None:
@@ -285,7 +285,7 @@ class FastFrodLinear(PeftFrodLinear):
 
     def _replicate_for_data_parallel(self) -> FastFrodLinear:
         replica = super()._replicate_for_data_parallel()
-        slot = Slot(CacheBudget(0))  # a replica lives for one forward, on another device
+        slot = Slot()  # a replica lives for one forward, on another device
         slot.plans = dict(self._slot().plans)
         object.__setattr__(replica, "_fast", slot)
         return replica

@@ -16,7 +16,7 @@ from torch import Tensor
 from frodkernels.functional._common import autocast_dtype
 from frodkernels.functional.sampled import scatter_values_
 from frodkernels.functional.sparse_delta import sparse_delta, sparse_delta_linear
-from frodkernels.nn.eval_cache import CacheBudget, EvalCache, may_cache
+from frodkernels.nn.eval_cache import EvalCache, may_cache
 from frodkernels.pattern import SparsePattern
 from frodkernels.peft.base_layer import plain_base
 from frodkernels.peft.plan import Plan
@@ -33,13 +33,13 @@ class Slot:
 
     name     the layer's path when it was swapped, for messages.
     plans    adapter -> the checked pattern.
-    cache    W and the active adapters' entries in one matrix.
+    cache    W and the active adapters' entries in one matrix; None: none, until accelerate() says how much it may hold.
     """
 
-    def __init__(self, budget: CacheBudget, name: str = "") -> None:
+    def __init__(self, name: str = "") -> None:
         self.name = name
         self.plans: dict[str, Plan] = {}
-        self.cache = EvalCache(budget)
+        self.cache: EvalCache | None = None
 
 
 class FastShiraLinear(PeftShiraLinear):
@@ -56,7 +56,7 @@ class FastShiraLinear(PeftShiraLinear):
     def _slot(self) -> Slot:
         slot = self._fast
         if slot is None:  # a deep copy, or fresh out of a file: cached weights only when accelerate() says so
-            slot = Slot(CacheBudget(0))
+            slot = Slot()
             object.__setattr__(self, "_fast", slot)
         return slot
 
@@ -92,8 +92,8 @@ class FastShiraLinear(PeftShiraLinear):
 
     def _cached(self, adapters: list[_Entries], x: Tensor) -> Tensor | None:
         """W with every adapter's entries added, in the dtype of the product; in evaluation without gradients."""
-        parameters = tuple(values for values, _, _ in adapters)
-        if self.training or not may_cache(x, *parameters):
+        slot, parameters = self._fast, tuple(values for values, _, _ in adapters)
+        if self.training or slot is None or slot.cache is None or not may_cache(x, *parameters):
             return None
         weight = self.base_layer.weight
 
@@ -104,7 +104,7 @@ class FastShiraLinear(PeftShiraLinear):
             return whole
 
         constants = tuple(constant for _, pattern, scale in adapters for constant in (pattern, scale))
-        return self._slot().cache.get(parameters, (weight,), constants, build, dtype=autocast_dtype(x) or x.dtype)
+        return slot.cache.get(parameters, (weight,), constants, build, dtype=autocast_dtype(x) or x.dtype)
 
     # -- plans --------------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ class FastShiraLinear(PeftShiraLinear):
     # -- everything that makes what is remembered wrong, or useless ------------------------------------------------
 
     def _drop_weights(self) -> None:
-        if self._fast is not None:
+        if self._fast is not None and self._fast.cache is not None:
             self._fast.cache.drop()
 
     def _forget_strangers(self) -> None:
@@ -278,7 +278,7 @@ class FastShiraLinear(PeftShiraLinear):
 
     def _replicate_for_data_parallel(self) -> FastShiraLinear:
         replica = super()._replicate_for_data_parallel()
-        slot = Slot(CacheBudget(0))  # a replica lives for one forward, on another device
+        slot = Slot()  # a replica lives for one forward, on another device
         slot.plans = dict(self._slot().plans)
         object.__setattr__(replica, "_fast", slot)
         return replica

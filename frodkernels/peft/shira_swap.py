@@ -34,10 +34,10 @@ class PreparedShira:
         layer.__class__ = FastShiraLinear
         slot = layer._fast
         if slot is None:
-            slot = Slot(budget, self.name)
+            slot = Slot()
             object.__setattr__(layer, "_fast", slot)
-        if slot.cache.budget is not budget:
-            slot.cache.drop()
+        if slot.cache is None or slot.cache.budget is not budget:
+            layer._drop_weights()
             slot.cache = EvalCache(budget)
         slot.name, slot.plans = self.name, self.plans
 
@@ -99,7 +99,7 @@ class ShiraTuner:
 
     def budget(self, module: Any) -> CacheBudget | None:
         slot = getattr(module, "_fast", None)
-        return None if slot is None else slot.cache.budget
+        return None if slot is None or slot.cache is None else slot.cache.budget
 
     def release(self, module: Any) -> None:
         """What this package merged is unmerged, bit for bit; what PEFT merged stays as PEFT left it."""

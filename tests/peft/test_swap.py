@@ -146,6 +146,9 @@ def test_copies(how):
             close(twin(x()), plain(x()))
     twin.train()(x()).sum().backward()
     assert fk.peft.accelerate(twin).already == fk.peft.accelerate(ours).already
+    with torch.no_grad():
+        close(twin.eval()(x()), plain(x()))
+    assert layers(twin)[0]._fast.budget.used  # a copy keeps weights from then on
 
 
 def test_copy_of_one_category_shares_its_plan():
