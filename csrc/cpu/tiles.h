@@ -55,8 +55,13 @@ inline void pack_tile(const Features& x, int64_t rows, int64_t t0, int64_t count
   if constexpr (!std::is_same_v<S, F64>) {
     if (x.row == 1) {
       const int64_t whole = count / S::kTokens * S::kTokens;
+      constexpr int64_t kLine = 64 / int64_t(sizeof(scalar)), kAhead = 2 * kLine;
       for (; f + kLanes <= rows; f += kLanes) {
         typename S::tile* block = to + f * width;
+        // Rows far apart defeat the prefetchers of the hardware: features further on are asked for here.
+        if (f % kLine == 0 && f + kAhead < rows) {
+          for (int64_t t = 0; t < count; ++t) __builtin_prefetch(data + f + kAhead + t * x.token, 0, 2);
+        }
         for (int64_t t = 0; t < whole; t += S::kTokens)
           pack_block<S>(data + f + t * x.token, x.token, width, block + t);
         for (int l = 0; l < kLanes; ++l) {
@@ -83,8 +88,8 @@ inline void put(typename S::scalar* to, const typename S::scalar* from, int64_t 
     std::memcpy(to, from, size_t(count) * sizeof(scalar));
     return;
   }
-  int64_t i = 0;
-  for (; i + S::kTokens <= count; i += S::kTokens) {
+  const int64_t whole = count / S::kTokens * S::kTokens;
+  for (int64_t i = 0; i < whole; i += S::kTokens) {
     if constexpr (std::is_same_v<S, F16>) {
       floats_to_halves(halves_to_floats(to + i) + halves_to_floats(from + i), to + i);
     } else {
@@ -96,7 +101,7 @@ inline void put(typename S::scalar* to, const typename S::scalar* from, int64_t 
       S::write(x, to + i);
     }
   }
-  for (const scalar* end = from + count; from + i != end; ++i) {
+  for (int64_t i = whole; i < count; ++i) {
     if constexpr (std::is_same_v<S, BF16>) {
       to[i] = float_to_bf16(bf16_to_float(to[i]) + bf16_to_float(from[i]));
     } else if constexpr (std::is_same_v<S, F16>) {
@@ -137,7 +142,12 @@ class RowWriter {
       put<S>(to, row, count_, add_);
       return;
     }
-    if (filled_++ == 0) first_ = feature;
+    if (filled_++ == 0) {
+      first_ = feature;
+      if (add_ && out_.row == 1) {
+        for (int64_t t = 0; t < count_; ++t) __builtin_prefetch(to + t * out_.token, 1, 2);
+      }
+    }
     if (filled_ == kRows) flush();
   }
 

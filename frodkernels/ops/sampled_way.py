@@ -8,21 +8,31 @@ faster, gathering hardly is.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-# Density above which blocks are faster on the CPU: measured, the plot is in docs/sampled.md.
+from frodkernels import _native
+
+# Density above which blocks are faster on the CPU: measured on a Zen 5 at m = n = 2048 and T = 1024, forced to each
+# instruction set in turn; the plot is in docs/sampled.md. At 768 the break-even is a quarter lower.
 BREAK_EVEN = {
-    torch.float32: 0.25,
-    torch.float64: 0.25,
-    torch.bfloat16: 0.12,
-    torch.float16: 0.25,
+    "avx512": {torch.float32: 0.30, torch.float64: 0.30, torch.bfloat16: 0.22, torch.float16: 0.35},
+    "avx2": dict.fromkeys((torch.float32, torch.float64, torch.bfloat16, torch.float16), 0.48),
+    "portable": dict.fromkeys((torch.float32, torch.float64, torch.bfloat16, torch.float16), 0.60),
 }
 _FEWEST_TOKENS = 64  # fewer do not fill a block's inner loop
+
+
+@functools.cache
+def _break_even() -> dict[torch.dtype, float]:
+    isa = torch.ops.frodkernels.native_cpu_isa() if _native.load() else "portable"
+    return BREAK_EVEN[isa]
 
 
 def tiled_is_faster(entries: int, a: Tensor, b: Tensor) -> bool:
     """The choice for features a [m, T] and b [n, T], from shapes, dtype and device alone."""
     if a.device.type != "cpu" or a.shape[1] < _FEWEST_TOKENS:
         return False
-    return entries > BREAK_EVEN[a.dtype] * a.shape[0] * b.shape[0]
+    return entries > _break_even()[a.dtype] * a.shape[0] * b.shape[0]
