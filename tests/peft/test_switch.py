@@ -2,6 +2,7 @@
 """switch(): another adapter merged in the place of those that are."""
 
 import copy
+import random
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 import frodkernels as fk
 from tests.peft.hra_models import two as two_hra
 from tests.peft.models import Tiny, all_equal, bert, close, tokens, x
-from tests.peft.shira_models import base_weights, config, layers, shake, shira, two
+from tests.peft.shira_models import base_weights, config, layers, set_scale, shake, shira, two
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -20,15 +21,15 @@ def test_rounds_of_switches_are_exact(dtype):
     fk.peft.accelerate(ours)
     before, addresses = base_weights(ours), [layer.base_layer.weight.data_ptr() for layer in layers(ours)]
     merged = {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for name in ("other", "default", "default", "other", "default", "other"):
+    for name in ("other", "default", "default", "other", "default", "other"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
             fk.peft.switch(ours, name)
-            assert ours.active_adapter == name and all(layer.merged_adapters == [name] for layer in layers(ours))
-            assert all_equal(base_weights(ours), merged.setdefault(name, base_weights(ours)))
-            plain.set_adapter(name)
-            inputs = x(dtype=dtype)
-            close(ours(inputs), plain(inputs), 1e-5 if dtype == torch.float32 else 3e-2)
+        assert ours.active_adapter == name and all(layer.merged_adapters == [name] for layer in layers(ours))
+        assert all_equal(base_weights(ours), merged.setdefault(name, base_weights(ours)))
+        plain.set_adapter(name)
+        inputs = x(dtype=dtype)
+        close(ours(inputs), plain(inputs), 1e-5 if dtype == torch.float32 else 3e-2)
     assert addresses == [layer.base_layer.weight.data_ptr() for layer in layers(ours)]
     ours.unmerge_adapter()
     assert all_equal(base_weights(ours), before)
@@ -113,3 +114,41 @@ def test_models():
             fk.peft.switch(model, name)
             reference.set_adapter(name)
             close(model(x()), reference(x()))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_sequence_of_merges_comes_back(seed, dtype):
+    """Merges on top of each other, switches, training and copies in between: never another base weight."""
+    rng = random.Random(seed)
+    ours, _ = two(Tiny(blocks=1).to(dtype))
+    ours.add_adapter("third", config(r=5, random_seed=3, init_weights=False))  # the first one's positions, and more
+    fk.peft.accelerate(ours)
+    before, names = base_weights(ours), ["default", "other", "third"]
+    done = []
+
+    def replan():
+        for layer in layers(ours):
+            layer.shira_indices["other"] = layer.shira_indices["other"].roll(rng.randrange(9), 1)
+
+    steps = {
+        "merge": lambda: ours.merge_adapter(rng.sample(names, rng.randint(1, 3)), safe_merge=rng.random() < 0.3),
+        "switch": lambda: fk.peft.switch(ours, rng.choice(names)),
+        "train": lambda: shake(ours, rng.randrange(99)),
+        "scale": lambda: set_scale(ours, rng.choice(names), rng.choice([0.0, 1.0, -0.5, 3.0])),
+        "positions": replan,
+        "accelerate": lambda: fk.peft.accelerate(ours),
+        "forward": lambda: ours(x(dtype=dtype)),
+        "last": lambda: [layer._unmerge_last() for layer in layers(ours) if layer.merged],
+        "unmerge": lambda: ours.unmerge_adapter(),
+    }
+    for _ in range(25):
+        done.append(rng.choice(list(steps)))
+        steps[done[-1]]()
+        if rng.random() < 0.1:
+            ours = copy.deepcopy(ours)
+        assert all(layer.merged == ("_merged_from" in layer.__dict__) for layer in layers(ours)), done
+        if not any(layer.merged for layer in layers(ours)):
+            assert all_equal(base_weights(ours), before), done
+    fk.peft.restore(ours)
+    assert all_equal(base_weights(ours), before), done
