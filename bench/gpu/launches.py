@@ -30,6 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 NOT_CALLED = {"native_build_info", "native_cpu_isa", "native_tiles", "native_tile_block", "native_why_not"}
 NOT_CALLED |= {f"native_reflections{which}" for which in ("", "_again", "_gradient")}  # there for the CPU alone
 NOT_CALLED |= {"native_reflect", "native_reflect_backward"}  # likewise
+NOT_CALLED |= {"native_sparse_core_add_", "native_sparse_core_backward_add_"}  # likewise
 
 
 def native_ops(device: str) -> list[str]:
@@ -104,6 +105,43 @@ def _householder(device: torch.device, few: bool) -> Iterator[Callable[[], objec
                 yield functools.partial(backward, g, x, coefficients, wide, short, dx_base, needs)
 
 
+def _sampled(device: torch.device, few: bool) -> Iterator[Callable[[], object]]:
+    """Both ways: every dtype of operands and result, tokens or features contiguous, both, off 16 bytes; with tiles."""
+    generator = torch.Generator().manual_seed(0)
+    sampled = _ops.native("sampled_product")
+    like = torch.empty(0, device=device)
+    for n, T, density in SIZES[:2] if few else SIZES:
+        pattern = pattern_of(n, density, generator).to(device)
+        own_block = torch.ops.frodkernels.native_tile_block(like, n)
+        for dtype in DTYPES:
+            a, b = (torch.randn(n, T, generator=generator).to(device, dtype) for _ in range(2))
+            tokens_a, tokens_b = (x.t().contiguous().t() for x in (a, b))
+            odd = torch.cat([a, a[:, :1]], 1)[:, 1:]  # rows that start anywhere
+            for out in {dtype, torch.float32, torch.float64}:
+                for tiled in (False, True):
+                    for pair in ((a, b), (tokens_a, tokens_b), (tokens_a, b), (odd, b)):
+                        yield functools.partial(sampled, *pair, *pattern.csc, out, tiled)
+            for block in sorted({own_block, SMALL_BLOCK}) if own_block and a.element_size() == 2 else ():
+                yield functools.partial(
+                    sampled, a, b, *pattern.csc, torch.float32, False, list(pattern.tiles(True, block))
+                )
+
+
+def _scatter(device: torch.device, few: bool) -> Iterator[Callable[[], object]]:
+    """Every pair of dtypes, added and put, with and without the old entries, a matrix and its transpose."""
+    generator = torch.Generator().manual_seed(0)
+    scatter = _ops.native("scatter_values_")
+    for n, _, density in SIZES[:2] if few else SIZES:
+        pattern = pattern_of(n, density, generator).to(device)
+        for dtype, values_dtype in itertools.product(DTYPES, DTYPES):
+            weight = torch.randn(n, n, generator=generator).to(device, dtype)
+            values = torch.randn(pattern.nnz, generator=generator).to(device, values_dtype)
+            old = torch.empty(pattern.nnz, device=device, dtype=dtype)
+            for accumulate, scale in ((True, 0.5), (False, 1.0)):
+                for matrix, kept in ((weight, old), (weight.t(), None)):
+                    yield functools.partial(scatter, matrix, values, *pattern.csr, scale, accumulate, kept)
+
+
 # operator -> the calls that launch its kernels
 CALLS: dict[str, Callable[[torch.device, bool], Iterator[Callable[[], object]]]] = {
     "native_sparse_core": _sparse_core,
@@ -111,6 +149,8 @@ CALLS: dict[str, Callable[[torch.device, bool], Iterator[Callable[[], object]]]]
     "native_householder": _householder,
     "native_householder_backward": _householder,
     "native_householder_gradient": _householder,
+    "native_sampled_product": _sampled,
+    "native_scatter_values_": _scatter,
 }
 
 

@@ -190,7 +190,43 @@ class Reflections:
         """It has none."""
 
 
-AnyCase = Case | Reflections
+@dataclass(frozen=True)
+class Sampling:
+    """One sampled product of n x n features, results in float32: ``tiled`` by dense blocks, else entry by entry.
+
+    ``token_major``: features as activations lie. ``tiles``: as ``Case`` has them, for products entry by entry.
+    """
+
+    n: int
+    nnz: int
+    T: int
+    dtype: str = "bfloat16"
+    tiled: bool = True
+    token_major: bool = False
+    tiles: bool = True
+
+    @property
+    def op(self) -> str:
+        return "sampled_product" if self.tiled else "sampled_product by entries"
+
+    @property
+    def rank(self) -> None:
+        """It has none."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """One scatter of float32 values to the entries of an n x n matrix, added up; the old entries are kept."""
+
+    n: int
+    nnz: int
+    dtype: str = "bfloat16"
+    op: str = "scatter_values_"
+    T: None = None
+    rank: None = None
+
+
+AnyCase = Case | Reflections | Sampling | Scatter
 
 
 @functools.lru_cache(maxsize=8)
@@ -199,7 +235,7 @@ def features(n: int, T: int, dtype: str) -> torch.Tensor:
     return some.repeat(1, -(-T // some.shape[1]))[:, :T].contiguous()
 
 
-def plan(case: Case, target: Target) -> list[torch.Tensor]:
+def plan(case: Case | Sampling, target: Target) -> list[torch.Tensor]:
     """The tensor-core plan that the library would build for this device; empty where it takes none."""
     module = executor.checker()
     module.configure(**dataclasses.asdict(target))
@@ -226,10 +262,34 @@ def run_reflections(case: Reflections, target: Target, sample: dict[str, int] | 
     return collect(calls[case.op], target, sample)
 
 
+def run_sampling(case: Sampling, target: Target, sample: dict[str, int] | None = None) -> dict[str, Counts]:
+    """The counts of one call."""
+    pattern, x = uniform(case.n, case.nnz), features(case.n, case.T, case.dtype)
+    x = x.t().contiguous().t() if case.token_major else x
+    tiles: Any = None if case.tiled else plan(case, target) or None
+    ops = torch.ops.simt_check
+    return collect(
+        lambda: ops.native_sampled_product(x, x, *pattern.csc, torch.float32, case.tiled, tiles), target, sample
+    )
+
+
+def run_scatter(case: Scatter, target: Target, sample: dict[str, int] | None = None) -> dict[str, Counts]:
+    """The counts of one call."""
+    pattern = uniform(case.n, case.nnz)
+    weight = torch.zeros(case.n, case.n, dtype=DTYPES[case.dtype])
+    values, old = torch.ones(case.nnz), torch.empty(case.nnz, dtype=weight.dtype)
+    ops = torch.ops.simt_check
+    return collect(lambda: ops.native_scatter_values_(weight, values, *pattern.csr, 0.5, True, old), target, sample)
+
+
 def run(case: AnyCase, target: Target, sample: dict[str, int] | None = None) -> dict[str, Counts]:
     """The counts of one call, parameters in float32 (float64 features: in float64)."""
     if isinstance(case, Reflections):
         return run_reflections(case, target, sample)
+    if isinstance(case, Sampling):
+        return run_sampling(case, target, sample)
+    if isinstance(case, Scatter):
+        return run_scatter(case, target, sample)
     pattern = uniform(case.n, case.nnz)
     z = features(case.n, case.T, case.dtype)
     kind = torch.float64 if case.dtype == "float64" else torch.float32

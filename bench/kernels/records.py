@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.kernels import counts, static, triton_aot
 from bench.kernels.architectures import occupancy
-from bench.kernels.counts import AnyCase, Case, Counts, Reflections
+from bench.kernels.counts import AnyCase, Case, Counts, Reflections, Sampling, Scatter
 from bench.roofline import householder, model
 from bench.roofline.devices import DEVICES, Device
 
@@ -30,6 +30,10 @@ STANDARD: tuple[AnyCase, ...] = (
     Reflections("householder_backward", 4096, 32, 512, "bfloat16"),
     Reflections("householder_backward", 1024, 8, 256, "float16"),
     Reflections("householder_backward", 1024, 32, 256, "float32"),
+    Sampling(1024, 104857, 2048, "bfloat16"),
+    Sampling(1024, 104857, 2048, "float16", token_major=True),
+    Sampling(1024, 104857, 1024, "float32"),
+    Scatter(4096, 167772, "bfloat16"),
 )
 NOT_RUN = "no standard call launches this instance"
 TRITON = "the executor runs CUDA C++ only: no counts of Triton kernels"
@@ -106,7 +110,12 @@ def instance_of(c: Counts, case: AnyCase, kernels: Sequence[static.Kernel]) -> s
     mine = [k for k in kernels if k.function == c.function]
     if c.function == "householder_mma_kernel":
         mine = [k for k in mine if householder.tiles_of(k) == householder.tiles(c, case.T)]
+    if c.function == "sampled_mma_kernel" and isinstance(case, Sampling):
+        mine = [k for k in mine if k.name.endswith("true>") == case.token_major]
     sums = "float64" if case.dtype == "float64" else "float32"
+    if c.function == "reduce_sources_kernel" and isinstance(case, Sampling) and case.tiled:
+        mine = [k for k in mine if k.scalar == "float64"]  # what segments of tokens are added up in
+        sums = "float64"
     for scalar in (case.dtype, sums, ""):
         found = [k for k in mine if k.scalar == scalar]
         if found:

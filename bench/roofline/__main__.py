@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modelled times, none measured: ``python -m bench.roofline [--json | --summary | --dispatch] [--householder]``."""
+"""Modelled times, none measured.
+
+``python -m bench.roofline [--json | --summary | --dispatch] [--householder | --sampled]``
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from bench.roofline import cases, dispatch, reflections
+from bench.roofline import cases, dispatch, reflections, sampling
 from bench.roofline.devices import BY_NAME, DEVICES, Device
 
 
@@ -21,7 +24,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what.add_argument("--json", action="store_true", help="records instead of tables")
     what.add_argument("--summary", action="store_true", help="one table: a row for each shape and op")
     what.add_argument("--dispatch", action="store_true", help="where the dense product and the plain kernels win")
-    parser.add_argument("--householder", action="store_true", help="chained reflections instead: a table, or --json")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--householder", action="store_true", help="chained reflections instead: a table, or --json")
+    other.add_argument(
+        "--sampled", action="store_true", help="where sampled products go by blocks (minutes), or --json"
+    )
     parser.add_argument("--device", default="", help=f"comma-separated, of {', '.join(BY_NAME)} (default: all)")
     parser.add_argument("--reach", action="store_true", help="only the two shapes with a goal")
     parser.add_argument("--op", default="", help=f"comma-separated, of {', '.join(cases.OPS)} (default: all)")
@@ -89,14 +96,23 @@ def print_householder(devices: Sequence[Device]) -> None:
     print(reflections.table(list(reflections.records(devices))))
 
 
+def print_sampled(devices: Sequence[Device]) -> None:
+    print("Modelled: dense blocks are faster above this density (us entry by entry at 1 %; by blocks at 10 %)\n")
+    print(sampling.table(list(sampling.records(devices))))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.json:
         made = cases.records(options.shapes, options.devices, options.ops)
-        found = list(reflections.records(options.devices) if options.householder else made)
+        if options.householder or options.sampled:
+            made = (reflections if options.householder else sampling).records(options.devices)
+        found = list(made)
         print("[\n" + ",\n".join(json.dumps(r) for r in found) + "\n]")
     elif options.householder:
         print_householder(options.devices)
+    elif options.sampled:
+        print_sampled(options.devices)
     elif options.summary:
         print_summary(options)
     elif options.dispatch:

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from bench.kernels import architectures, counts, patterns, static
 from bench.kernels.architectures import occupancy
-from bench.kernels.counts import FIRST, AnyCase, Case, Counts, Reflections
-from bench.roofline import householder
+from bench.kernels.counts import FIRST, AnyCase, Case, Counts, Reflections, Sampling, Scatter
+from bench.roofline import blocks, householder
 from bench.roofline.devices import ALU_LANES, LATENCY, LAUNCH_GAP, MMA_FLOP, SCHEDULERS, SECTOR, Device
 
 ROOT = static.ROOT
@@ -97,7 +97,7 @@ def compiled(function: str, arch: int, scalar: str, tiles: int = 0) -> static.Ke
 def _sources() -> str:
     """A hash of all that works depend on besides case and device."""
     csrc = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cuh", ".cu", ".cpp", ".h")]
-    python = [Path(module.__file__) for module in (counts, patterns, static, architectures, householder)]
+    python = [Path(module.__file__) for module in (counts, patterns, static, architectures, householder, blocks)]
     texts = [p.read_bytes() for p in [*csrc, *python, Path(__file__), static.LIBRARY]]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()
 
@@ -109,9 +109,10 @@ def _kept(key: str) -> Path:
 # Kernels whose blocks do equal shares: only the first runs, one of those with the longest share. Of those with many
 # small blocks, some. Others run in full, since what they write steers the rest.
 EQUAL = (
-    "product_mma_kernel", "gradient_mma_kernel", "product_tiles_kernel", "gradient_tiles_kernel", *householder.EQUAL
+    "product_mma_kernel", "gradient_mma_kernel", "product_tiles_kernel", "gradient_tiles_kernel", *householder.EQUAL,
+    *blocks.EQUAL,
 )  # fmt: skip
-SMALL = ("product_rows_kernel", "gradient_rows_kernel", "reduce_sources_kernel", *householder.SMALL)
+SMALL = ("product_rows_kernel", "gradient_rows_kernel", "reduce_sources_kernel", *householder.SMALL, *blocks.SMALL)
 SAMPLE = {**dict.fromkeys(EQUAL, FIRST), **dict.fromkeys(SMALL, 61)}
 
 
@@ -125,26 +126,28 @@ class Share:
 
 
 def _share(function: str, c: Counts, case: AnyCase, device: Device, resident: int) -> Share:
-    blocks, longest, mean = c.grid, 1.0, 1.0
+    grid, longest, mean = c.grid, 1.0, 1.0
     if isinstance(case, Reflections):
         longest, mean = householder.shares(c, case)
-    elif function == "gradient_mma_kernel":
-        blocks, splits = _gradient_blocks(c, case, device)
+    elif isinstance(case, Sampling) and function in blocks.EQUAL:
+        mean = blocks.mean(c, case, device)
+    elif function == "gradient_mma_kernel" and not isinstance(case, Scatter):
+        grid, splits = _gradient_blocks(c, case, device)
         tiles = -(-case.T // TOKENS)
         longest, mean = -(-tiles // splits) / (tiles // splits), tiles / splits / (tiles // splits)
-    rounds = -(-blocks // (device.sms * resident))
+    rounds = -(-grid // (device.sms * resident))
     if function in EQUAL:
         # Whole rounds of what an SM holds at once, or fewer blocks where they do not fill the last round.
-        busiest = min(rounds * resident, -(-blocks // device.sms)) * longest / c.blocks
-        total = blocks * mean / c.blocks
+        busiest = min(rounds * resident, -(-grid // device.sms)) * longest / c.blocks
+        total = grid * mean / c.blocks
         if function == "product_mma_kernel":  # persistent: blocks differ by an item, as their output shows
             total = case.n * case.T * ITEMSIZE[case.dtype] / SECTOR / c.stores
     else:
-        busiest, total = c.scale / min(device.sms, blocks), c.scale
+        busiest, total = c.scale / min(device.sms, grid), c.scale
     return Share(busiest, total, rounds)
 
 
-def _gradient_blocks(c: Counts, case: Case, device: Device) -> tuple[int, int]:
+def _gradient_blocks(c: Counts, case: Case | Sampling, device: Device) -> tuple[int, int]:
     """Blocks of the gradient's grid that have jobs (the grid is an upper bound), and token splits."""
     plan = counts.plan(case, device.target)
     block, jobs, job_ptr = plan[1].shape[1], plan[5], plan[6]
@@ -162,10 +165,14 @@ def work(c: Counts, case: AnyCase, device: Device) -> Work:
     kernel = compiled(function, device.arch, case.dtype, tiles)
     resident = occupancy(device.arch, kernel.registers, kernel.shared + c.shared_bytes, c.threads)
     share = _share(function, c, case, device, resident.blocks)
-    features = case.n * case.T * ITEMSIZE[case.dtype]
+    features = case.n * (case.T or 0) * ITEMSIZE[case.dtype]
     # Each byte once: what a kernel reads again is in L2 by then (docs/kernels.md).
     if isinstance(case, Reflections) and function in householder.EQUAL:
         hbm = householder.hbm_bytes(c, case, device, resident.blocks, c.stores * share.total * SECTOR)
+    elif isinstance(case, Sampling) and function in blocks.EQUAL:
+        hbm = blocks.hbm_bytes(case, device, share.rounds, features) + c.stores * share.total * SECTOR
+    elif function in blocks.SMALL:
+        hbm = c.of_space("sectors", "global") * share.total * SECTOR  # a place in the matrix is a sector, come and gone
     elif function.startswith("product"):
         hbm = 2 * features + 8 * (case.nnz or 0)
     elif function.startswith("gradient"):
@@ -174,11 +181,14 @@ def work(c: Counts, case: AnyCase, device: Device) -> Work:
         hbm = c.of_space("sectors_least", "global") * share.total * SECTOR
     wavefronts = c.gather_wavefronts + c.other_wavefronts + c.register_wavefronts
     requests = sum(s.requests for s in c.sites if not (s.copies and s.space == "global"))
-    events = (requests + c.mma) * share.busiest
+    events, around = (requests + c.mma) * share.busiest, 0.0
+    if function == blocks.PLAIN:  # most of its accesses are not of its inner loop
+        events = blocks.inner(c) * share.busiest
+        around = (requests - blocks.inner(c)) * share.busiest * blocks.AROUND
     return Work(
         kernel=c.kernel, grid=c.grid, per_sm=resident.blocks, rounds=share.rounds,
         wavefronts=wavefronts * share.busiest, gather=c.gather_wavefronts * share.busiest, mma=c.mma * share.busiest,
-        instructions=events * kernel.per_event["all"], alu=events * kernel.per_event["alu"],
+        instructions=events * kernel.per_event["all"] + around, alu=events * kernel.per_event["alu"] + around / 2,
         fma=events * kernel.per_event["fma"],
         l2_bytes=c.loads * share.total * SECTOR, hbm_bytes=hbm,
         first_bytes=c.shared_bytes / 2 * min(c.grid, device.sms * resident.blocks), limiter=resident.limiter,
