@@ -9,8 +9,8 @@
 // Types    storage f32, f64, bf16 or f16 of a and b; sums f32, f64 for f64; out in a dtype of its own, rounded once.
 //
 // Work     a task is one block of at most kBlock groups by kBlock columns. Its dense product stays in a buffer that L2
-//          holds, with the packed features of kTokens tokens; sums of that many tokens stay in registers. Then the
-//          block's entries are picked. A block without entries costs a search.
+//          holds, with the packed features of some tokens; sums of that many tokens stay in registers, and long sums
+//          are joined in f64. Then the block's entries are picked. A block without entries costs a search.
 // Order    sums run over tokens in an order fixed by T alone, never by the number of threads or the block's place.
 // Needs    indices < columns, perm < nnz, monotone indptr: checked by the binding. Memory: one block a thread.
 #pragma once

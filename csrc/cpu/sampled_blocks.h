@@ -17,7 +17,8 @@
 
 namespace frodkernels::cpu::FRODKERNELS_ISA {
 
-constexpr int64_t kWords = 128;  // rows of packed words: a chain of sums in registers
+constexpr int64_t kWords = 64;    // rows of packed words: a chain of sums in registers
+constexpr int64_t kInChain = 16;  // such chains that are added up one by one, before they join the others in f64
 constexpr int64_t kStride =
     Sampled::kBlock + 16;  // not a multiple of many cache lines: rows spread over the sets of L1
 
@@ -76,14 +77,23 @@ static void run_block(const Sampled& s, int64_t g0, int64_t g1, int64_t c0, int6
   if (!any) return;
 
   const int64_t rows = whole(g1 - g0, Way::kRows), width = whole(c1 - c0, Way::kWidth);
+  constexpr int64_t kAtOnce = kWords * Way::kTokens, kLong = kAtOnce * kInChain;
   const size_t packed = size_t(kWords * kStride) * sizeof(word);
   char* const memory = scratch(0, 2 * packed + size_t(Sampled::kBlock * kStride) * sizeof(acc));
   word* const a = reinterpret_cast<word*>(memory);
   word* const b = reinterpret_cast<word*>(memory + packed);
   acc* const c = reinterpret_cast<acc*>(memory + 2 * packed);
+  double* total = nullptr;  // of what c held before, where the sums are long
   std::memset(c, 0, size_t(rows * kStride) * sizeof(acc));
-  constexpr int64_t kAtOnce = kWords * Way::kTokens;
   for (int64_t t0 = 0; t0 < s.T; t0 += kAtOnce) {
+    if (t0 > 0 && t0 % kLong == 0) {
+      const bool first = total == nullptr;
+      total = reinterpret_cast<double*>(scratch(1, size_t(Sampled::kBlock * kStride) * sizeof(double)));
+      for (int64_t i = 0; i < rows * kStride; ++i) {
+        total[i] = (first ? 0 : total[i]) + double(c[i]);
+        c[i] = 0;
+      }
+    }
     const int64_t tokens = less(kAtOnce, s.T - t0), words = whole(tokens, Way::kTokens) / Way::kTokens;
     Way::pack(s.a, c0, c1 - c0, width, t0, tokens, a);
     Way::pack(s.b, g0, g1 - g0, rows, t0, tokens, b);
@@ -92,8 +102,15 @@ static void run_block(const Sampled& s, int64_t g0, int64_t g1, int64_t c0, int6
     }
   }
   for (int64_t g = g0; g < g1; ++g) {
-    const acc* row = c + (g - g0) * kStride - c0;
-    for (int32_t p = slots[g - g0].begin; p < slots[g - g0].end; ++p) write_sum(s, s.perm[p], row[indices[p]]);
+    const int64_t row = (g - g0) * kStride - c0;
+    for (int32_t p = slots[g - g0].begin; p < slots[g - g0].end; ++p) {
+      const int64_t at = row + indices[p];
+      if (total == nullptr) {
+        write_sum(s, s.perm[p], c[at]);
+      } else {
+        write_sum(s, s.perm[p], total[at] + double(c[at]));
+      }
+    }
   }
 }
 
