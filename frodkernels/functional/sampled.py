@@ -125,4 +125,8 @@ def scatter_values_(
         raise RuntimeError("scatter_values_ records no gradient: call it under torch.no_grad()")
     with torch.no_grad():
         ops.scatter_values_(weight, values, *pattern.csr, float(scale), bool(accumulate), old)
+    if not torch.compiler.is_compiling():
+        for changed in (weight, old):  # custom operators leave the version counters to their callers
+            if changed is not None and not changed.is_inference():
+                torch.autograd.graph.increment_version(changed)
     return weight
