@@ -11,8 +11,8 @@
 // finds it. What lies between costs nothing, whatever its size.
 //
 // Sums. The block's product stays in registers for a segment of tokens; then it passes through shared memory, some
-// rows at a time, and the entries are picked from there, a warp a row. Segments are added up in double: a chain of
-// float sums is never longer than a segment.
+// rows at a time, and the entries are picked from there, a warp a row, up to the first slot beyond the block. Segments
+// are added up in double: a chain of float sums is never longer than a segment.
 #pragma once
 #include "cuda/mma_common.cuh"
 #include "cuda/sampled.h"
@@ -71,7 +71,7 @@ struct Walk {
   int32_t first_tile, end_tile;  // of the split's tokens
   int32_t tile;                  // the first of the present segment
   int32_t least[kRows / 32];
-  int32_t begin[kRows], end[kRows];  // the rows' slots in the present block
+  int32_t begin[kRows], end[kRows];  // the rows' slots in the present block; end: once they have been picked
   int32_t last[kRows];               // where the rows end
 
   // All threads, before anything else.
@@ -103,6 +103,7 @@ struct Walk {
       if (threadIdx.x % 32 == 0) least[threadIdx.x / 32] = mine;
     }
     __syncthreads();
+    if (threadIdx.x < kRows) begin[threadIdx.x] = end[threadIdx.x];
     if (threadIdx.x == 0) {
       int32_t found = kNoColumn;
 #pragma unroll
@@ -121,43 +122,41 @@ struct Walk {
     __syncthreads();
     return tile < end_tile;
   }
-
-  // The rows' slots in the present block. All threads; they see them after the next barrier.
-  __device__ __forceinline__ void take(const Compressed& view) {
-    if (threadIdx.x >= kRows) return;
-    const int32_t at = end[threadIdx.x], stop = last[threadIdx.x], most = stop - at > kColumns ? at + kColumns : stop;
-    begin[threadIdx.x] = at;
-    end[threadIdx.x] = first_slot(view, at, most, int64_t(column) + kColumns);
-  }
 };
 
 // Picks the entries of `rows` staged rows of sums, `pitch` numbers apart. row_of: a staged row's place in the block.
-template <typename Walk, typename acc, typename RowOf>
-__device__ __forceinline__ void pick_entries(const acc* staged, int pitch, int rows, RowOf row_of, const Walk& walk,
-                                             const Args& p) {
+template <int kRows, int kColumns, int kTokens, typename acc, typename RowOf>
+__device__ __forceinline__ void pick_entries(const acc* staged, int pitch, int rows, RowOf row_of,
+                                             Walk<kRows, kColumns, kTokens>& walk, const Args& p) {
   const Thread at;
-  double* const partial = p.partial + blockIdx.y * p.stride;
 #pragma unroll 1
   for (int s0 = at.warp; s0 < rows; s0 += kWarps * kRowsAhead) {
     int32_t next[kRowsAhead];
 #pragma unroll
     for (int k = 0; k < kRowsAhead; ++k) {
-      const int r = row_of(s0 + k * kWarps), slot = walk.begin[r] + at.lane;
-      next[k] = slot < walk.end[r] ? read_index(p.view, slot) : 0;
+      const int r = row_of(s0 + k * kWarps), begin = walk.begin[r];
+      next[k] = at.lane < walk.last[r] - begin ? read_index(p.view, begin + at.lane) : 0;
     }
+    const bool first = walk.tile == walk.first_tile;
 #pragma unroll
     for (int k = 0; k < kRowsAhead; ++k) {
-      const int s = s0 + k * kWarps, r = row_of(s);
-      const int32_t end = walk.end[r];
-      int32_t slot = walk.begin[r] + at.lane, index = next[k];
-      const bool first = walk.tile == walk.first_tile;
-#pragma unroll 1
-      while (slot < end) {
-        const double sum = static_cast<double>(staged[s * pitch + index - walk.column]);
-        partial[slot] = first ? sum : partial[slot] + sum;
-        slot += 32;
-        if (slot < end) index = read_index(p.view, slot);
+      const int s = s0 + k * kWarps, r = row_of(s), left = walk.last[r] - walk.begin[r];
+      double* const partial = p.partial + blockIdx.y * p.stride + walk.begin[r];
+      int32_t index = next[k];
+      int count = 0;  // of the row's entries in the block
+      for (int slot = at.lane;; slot += 32) {
+        const int column = index - walk.column;
+        const bool inside = slot < left && column < kColumns;
+        if (inside) {
+          const double sum = static_cast<double>(staged[s * pitch + column]);
+          partial[slot] = first ? sum : partial[slot] + sum;
+        }
+        const unsigned mask = __ballot_sync(kAllLanes, inside);
+        count += __popc(mask);
+        if (mask != kAllLanes) break;
+        if (slot + 32 < left) index = read_index(p.view, int64_t(walk.begin[r]) + slot + 32);
       }
+      if (at.lane == 0) walk.end[r] = walk.begin[r] + count;
     }
   }
 }

@@ -101,7 +101,6 @@ __global__ void __launch_bounds__(kThreads, 1) sampled_fma_kernel(const Args p) 
         ptx::cp_async_commit();
       };
       for (int tile = 0; tile < kFmaStages - 1; ++tile) copy(tile);
-      if (walk.tile == walk.first_tile) walk.take(p.view);
 
       scalar_t sums[kMicro][kMicro] = {};
       for (int tile = 0; tile < tiles(); ++tile) {

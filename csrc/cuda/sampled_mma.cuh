@@ -101,7 +101,6 @@ __global__ void __launch_bounds__(kThreads, 1) sampled_mma_kernel(const Args p) 
         ptx::cp_async_commit();
       };
       for (int tile = 0; tile < kMmaStages - 1; ++tile) copy(tile);
-      if (walk.tile == walk.first_tile) walk.take(p.view);
 
       float sums[4][6][4] = {};
       for (int tile = 0; tile < tiles(); ++tile) {
