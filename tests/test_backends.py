@@ -14,7 +14,15 @@ import frodkernels as fk
 from frodkernels import _backends, _native, _ops
 from tests.support import assert_no_worse_than_torch, make_case
 
-OPS = ("sparse_core", "sparse_core_backward", "householder", "householder_backward", "householder_gradient")
+OPS = (
+    "sparse_core",
+    "sparse_core_backward",
+    "householder",
+    "householder_backward",
+    "householder_gradient",
+    "sampled_product",
+    "scatter_values_",
+)
 ALL = [True, True, True]
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 
