@@ -140,12 +140,10 @@ def sparse_core_backward(u, z, lam, values, indptr, indices, perm, needs, token_
     dvalues = values.new_empty(0)
     if needs[0]:
         dz = sparse_core(u, lam, values, indptr, indices, perm, token_major)
-    need_lam = needs[1] and lam is not None
-    if needs[2] or need_lam:
+    if needs[1] and lam is not None:
+        dlam = torch.empty_like(lam).copy_((u.to(acc) * z.to(acc)).sum(1))
+    if needs[2]:
         product = _float_product(z, u.t())  # [rows, columns] of the view
-        if needs[2]:
-            owner, index, order = _entries(indptr, indices, perm)
-            dvalues = torch.empty_like(values).index_put_((order,), product[owner, index].to(values.dtype))
-        if need_lam:
-            dlam = torch.empty_like(lam).copy_(product.diagonal())
+        owner, index, order = _entries(indptr, indices, perm)
+        dvalues = torch.empty_like(values).index_put_((order,), product[owner, index].to(values.dtype))
     return dz, dlam, dvalues

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from frodkernels import _native
+from frodkernels.ops.sampled_way_gpu import NEVER, gpu_break_even
 
 # Density above which blocks are faster on the CPU: measured on a Zen 5 at m = n = 2048 and T = 1024, forced to each
 # instruction set in turn; the plot is in docs/sampled.md. At 768 the break-even is a quarter lower.
@@ -31,8 +32,17 @@ def _break_even() -> dict[torch.dtype, float]:
     return BREAK_EVEN[isa]
 
 
+@functools.cache
+def _on_gpu(device: torch.device, dtype: torch.dtype) -> float:
+    if torch.version.hip is not None:
+        return NEVER  # no model of those
+    major, minor = torch.cuda.get_device_capability(device)
+    return gpu_break_even(10 * major + minor, dtype)
+
+
 def tiled_is_faster(entries: int, a: Tensor, b: Tensor) -> bool:
     """The choice for features a [m, T] and b [n, T], from shapes, dtype and device alone."""
-    if a.device.type != "cpu" or a.shape[1] < _FEWEST_TOKENS:
+    if a.device.type not in ("cpu", "cuda") or a.shape[1] < _FEWEST_TOKENS:
         return False
-    return entries > _break_even()[a.dtype] * a.shape[0] * b.shape[0]
+    density = _on_gpu(a.device, a.dtype) if a.is_cuda else _break_even()[a.dtype]
+    return density < NEVER and entries > density * a.shape[0] * b.shape[0]

@@ -112,15 +112,16 @@ def _backward_kernel(u, z, lam, values, indptr, indices, perm, needs, token_majo
     backend, run = _backends.implementation(BACKWARD, u.device.type)
     if backend != "native":
         return run(u, z, lam, values, indptr, indices, perm, needs, token_major)
+    plan, dvalues = (indptr, indices, perm), None
+    if needs[2] and tiled_is_faster(values.numel(), u, z):
+        # so many entries that dense blocks sample them faster than the pass that makes dz
+        dvalues = _backends.implementation("sampled_product", u.device.type)[1](u, z, *plan, values.dtype, True)
+        needs = [needs[0], needs[1], False]
     if dense.dense_is_faster(u, lam, values, indptr):
-        return dense.sparse_core_backward(u, z, lam, values, indptr, indices, perm, needs, token_major)
-    plan, tiles = (indptr, indices, perm), _worthwhile(tiles, u, values)
-    if not (needs[2] and tiled_is_faster(values.numel(), u, z)):
-        return run(u, z, lam, values, *plan, needs, token_major, tiles)
-    # so many entries that dense blocks sample them faster than the pass that makes dz
-    dz, dlam, _ = run(u, z, lam, values, *plan, [needs[0], needs[1], False], token_major, tiles)
-    _, sample = _backends.implementation("sampled_product", u.device.type)
-    return dz, dlam, sample(u, z, *plan, values.dtype, True)
+        dz, dlam, rest = dense.sparse_core_backward(u, z, lam, values, *plan, needs, token_major)
+    else:
+        dz, dlam, rest = run(u, z, lam, values, *plan, needs, token_major, _worthwhile(tiles, u, values))
+    return dz, dlam, rest if dvalues is None else dvalues
 
 
 _ops.register(
