@@ -64,7 +64,8 @@ def table(found: Sequence[records.Record]) -> str:
     for r in found:
         call, l2, us = "-", "-", "-"
         if r["launches"]:
-            call = f"{r['op']} n {r['n']} T {r['T']} {r['dtype']}"
+            tokens = "" if r["T"] is None else f" T {r['T']}"
+            call = f"{r['op']} n {r['n']}{tokens} {r['dtype']}"
             l2 = f"{r['l2_bytes'] / 1e6:.2f}"
             us = "-" if r["modelled_us"] is None else f"{r['modelled_us']:.1f}"
         elif r["language"] == "CUDA":

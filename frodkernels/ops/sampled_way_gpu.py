@@ -14,9 +14,9 @@ NEVER = 1.0
 # By compute capability; 80 is the model's A100, 89 its RTX 4090, 90 its H100, 100 its B200.
 BREAK_EVEN = {
     80: {torch.bfloat16: 0.046, torch.float32: 0.337, torch.float64: 0.178},
-    89: {torch.bfloat16: 0.132, torch.float32: 0.184, torch.float64: NEVER},
-    90: {torch.bfloat16: 0.039, torch.float32: 0.271, torch.float64: 0.363},
-    100: {torch.bfloat16: 0.038, torch.float32: 0.201, torch.float64: 0.305},
+    89: {torch.bfloat16: 0.132, torch.float32: 0.176, torch.float64: NEVER},
+    90: {torch.bfloat16: 0.038, torch.float32: 0.274, torch.float64: 0.372},
+    100: {torch.bfloat16: 0.038, torch.float32: 0.202, torch.float64: 0.305},
 }
 BREAK_EVEN[86] = BREAK_EVEN[120] = BREAK_EVEN[89]  # assumed: no model of them
 
