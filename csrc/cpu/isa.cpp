@@ -74,8 +74,19 @@ Isa chosen_isa() {
 #define FRODKERNELS_LEVELS(table) {&portable::table}
 #endif
 
-const Kernels& kernels(Isa isa) {
+static bool multiplies_bf16(Isa isa) {
+#if defined(FRODKERNELS_HAVE_AVX512BF16)
+  return isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+const Kernels& kernels(Isa isa, Scalar type) {
   static constexpr const Kernels* levels[] = FRODKERNELS_LEVELS(kKernels);
+#if defined(FRODKERNELS_HAVE_AVX512BF16)
+  if (type == Scalar::kBF16 && multiplies_bf16(isa)) return avx512bf16::kKernels;
+#endif
   return *levels[int(isa)];
 }
 
@@ -96,17 +107,15 @@ const SampledKernels& sampled_kernels(Isa isa) {
 
 const SampledKernels* sampled_bf16_kernels(Isa isa) {
 #if defined(FRODKERNELS_HAVE_AVX512BF16)
-  if (isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::kSampledKernels;
+  if (multiplies_bf16(isa)) return &avx512bf16::kSampledKernels;
 #endif
-  (void)isa;
   return nullptr;
 }
 
 const HouseholderKernels* householder_bf16_kernels(Isa isa) {
 #if defined(FRODKERNELS_HAVE_AVX512BF16)
-  if (isa == Isa::kAvx512 && __builtin_cpu_supports("avx512bf16")) return &avx512bf16::kHouseholderKernels;
+  if (multiplies_bf16(isa)) return &avx512bf16::kHouseholderKernels;
 #endif
-  (void)isa;
   return nullptr;
 }
 

@@ -72,7 +72,8 @@ struct Kernels {
   void (*backward)(const Product&, int64_t begin, int64_t end);
 };
 
-const Kernels& kernels(Isa isa);
+// For features of `type`: bf16 has kernels of its own where the CPU multiplies pairs of such numbers.
+const Kernels& kernels(Isa isa, Scalar type);
 
 namespace portable {
 extern const Kernels kKernels;
@@ -81,6 +82,9 @@ namespace avx2 {
 extern const Kernels kKernels;
 }
 namespace avx512 {
+extern const Kernels kKernels;
+}
+namespace avx512bf16 {
 extern const Kernels kKernels;
 }
 

@@ -47,19 +47,6 @@ struct Thread {
   }
 };
 
-// The first slot in [from, to) of one row whose column is `column` or beyond; `to` where there is none.
-__device__ __forceinline__ int32_t first_slot(const Compressed& view, int32_t from, int32_t to, int64_t column) {
-  while (from < to) {
-    const int32_t middle = from + (to - from) / 2;
-    if (read_index(view, middle) < column) {
-      from = middle + 1;
-    } else {
-      to = middle;
-    }
-  }
-  return from;
-}
-
 // Where a thread block is, in static shared memory: registers are for sums. Thread r < kRows looks after row r. What is
 // constant from one barrier to the next is read where it is needed.
 template <int kRows, int kColumns, int kTokens>
@@ -84,15 +71,48 @@ struct Walk {
       first_tile = static_cast<int32_t>(blockIdx.y) * p.split_tiles;
       end_tile = static_cast<int32_t>(min((p.T + kTokens - 1) / kTokens, int64_t(first_tile) + p.split_tiles));
     }
-    if (threadIdx.x >= kRows) return;
-    int32_t at = 0, stop = 0;
-    if (first_row + threadIdx.x < p.view.rows) {
-      at = p.view.indptr[first_row + threadIdx.x];
-      stop = p.view.indptr[first_row + threadIdx.x + 1];
-      if (first_column > 0) at = first_slot(p.view, at, stop, first_column);
+    if (threadIdx.x < kRows) {
+      const bool there = first_row + threadIdx.x < p.view.rows;
+      end[threadIdx.x] = there ? p.view.indptr[first_row + threadIdx.x] : 0;
+      last[threadIdx.x] = there ? p.view.indptr[first_row + threadIdx.x + 1] : 0;
     }
-    end[threadIdx.x] = at;
-    last[threadIdx.x] = stop;
+    if (first_column > 0) skip(p.view, first_column);
+  }
+
+  // Moves the rows to their first slots in the range. A warp looks at 32 places of a row at once, and at several rows:
+  // of the memory's latency two or three pass, not one for each halving.
+  __device__ __forceinline__ void skip(const Compressed& view, int64_t first_column) {
+    constexpr int kMine = kRows / kWarps;
+    const int lane = threadIdx.x % 32, r0 = threadIdx.x / 32 * kMine;
+    __syncthreads();
+    int32_t from[kMine], count[kMine], index[kMine];
+#pragma unroll
+    for (int k = 0; k < kMine; ++k) {
+      from[k] = end[r0 + k];
+      count[k] = last[r0 + k] - from[k];
+    }
+    for (bool more = true; more;) {
+      more = false;
+#pragma unroll
+      for (int k = 0; k < kMine; ++k) {
+        const int32_t step = count[k] / 32 + (count[k] % 32 > 0), at = lane * step + step - 1;  // the last of each step
+        index[k] = step > 0 && at < count[k] ? read_index(view, from[k] + at) : kNoColumn;
+      }
+#pragma unroll
+      for (int k = 0; k < kMine; ++k) {
+        const int32_t step = count[k] / 32 + (count[k] % 32 > 0);
+        const int32_t passed = __popc(__ballot_sync(kAllLanes, index[k] < first_column)) * step;
+        from[k] += passed;
+        count[k] = max(min(count[k] - passed, step - 1), 0);
+        more |= count[k] > 0;
+      }
+    }
+    __syncwarp();  // every lane has read its rows
+#pragma unroll
+    for (int k = 0; k < kMine; ++k) {
+      if (lane == 0) end[r0 + k] = from[k];
+    }
+    __syncthreads();
   }
 
   // Goes to the next block with an entry; false where the range has no more. All threads.

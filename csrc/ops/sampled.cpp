@@ -35,7 +35,7 @@ void run_entries(const Tensor& a, const Tensor& b, const Slots& slots, Tensor& o
   // Uninitialised on purpose: each task clears its own part, and touches its pages first.
   const std::unique_ptr<Acc[]> partial(new Acc[slots.nnz * p.tiling.splits]);
   p.partial_values = partial.get();
-  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa());
+  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa(), p.type);
   parallel_for(0, p.tiling.splits * p.tiling.blocks, 1,
                [&](int64_t begin, int64_t end) { kernels.backward(p, begin, end); });
   reduce(partial.get(), p.tiling.splits, slots.order(), out, "out");

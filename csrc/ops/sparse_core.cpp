@@ -94,7 +94,7 @@ void forward_into(Tensor& out, const Tensor& z, const OptionalTensor& lam, const
   a.in = features(z);
   a.out = features(out);
   a.add = add;
-  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa());
+  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa(), a.type);
   parallel_for(0, a.tiling.tiles * a.tiling.blocks, 1,
                [&](int64_t begin, int64_t end) { kernels.forward(a, begin, end); });
 }
@@ -128,7 +128,7 @@ void backward_into(Tensor& dz, Tensor& dlam, Tensor& dvalues, const Tensor& u, c
   const std::unique_ptr<Acc[]> partial_lam(new Acc[dlam.numel() * a.tiling.splits]);
   if (dvalues.numel() > 0) a.partial_values = partial_values.get();
   if (dlam.numel() > 0) a.partial_lam = partial_lam.get();
-  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa());
+  const cpu::Kernels& kernels = cpu::kernels(cpu::chosen_isa(), a.type);
   parallel_for(0, a.tiling.splits * a.tiling.blocks, 1,
                [&](int64_t begin, int64_t end) { kernels.backward(a, begin, end); });
   reduce(partial_values.get(), a.tiling.splits, slots.order(), dvalues, "values");
