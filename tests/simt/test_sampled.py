@@ -152,14 +152,20 @@ def test_wide_patterns(plain, dtype, tiled):
         assert grid_of(plain, BLOCKS[dtype]) == -(-n // side), "a thread block for each block of rows, no more"
 
 
-def test_one_full_row_of_many(plain):
-    m, n, T = 1000, 300, 9
-    rows = torch.randperm(m)
-    pattern = fk.SparsePattern(rows, torch.full_like(rows, 150), (m, n))
+@pytest.mark.parametrize("m, T", [(1000, 9), (40_000, 2)])
+def test_one_full_row_of_many(plain, m, T):
+    """Of which each thread block finds its own part."""
+    n = 300
+    rows = torch.randperm(m, generator=torch.Generator().manual_seed(4))
+    cols = torch.full_like(rows, 150)
+    pattern = fk.SparsePattern(rows, cols, (m, n))
     for dtype in (F32, F16):
-        u, z = (torch.randn(k, T).to(dtype) for k in (m, n))
-        case = Case(u, z, None, torch.zeros(m), rows, torch.full_like(rows, 150), pattern)
-        check(plain, case, F32)
+        plain.reset()
+        u, z = (torch.randn(k, T, generator=torch.Generator().manual_seed(k)).to(dtype) for k in (m, n))
+        got = ops(plain).native_sampled_product(u, z, *pattern.csc, F32, True)
+        exact = (u.double() @ z[150].double())[rows]
+        assert_no_worse_than_torch(got, exact, reference.sampled_product(u, z, *pattern.csc, F32))
+        assert grid_of(plain, BLOCKS[dtype]) >= 3 * (m // 192)
 
 
 # --- infinities, bits -------------------------------------------------------------------------------------------------
