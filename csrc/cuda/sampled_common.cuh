@@ -80,37 +80,41 @@ struct Walk {
   }
 
   // Moves the rows to their first slots in the range. A warp looks at 32 places of a row at once, and at several rows:
-  // of the memory's latency two or three pass, not one for each halving.
+  // of the memory's latency a few pass, not one for each halving of each row.
   __device__ __forceinline__ void skip(const Compressed& view, int64_t first_column) {
-    constexpr int kMine = kRows / kWarps;
-    const int lane = threadIdx.x % 32, r0 = threadIdx.x / 32 * kMine;
+    constexpr int kMine = kRows / kWarps, kAtOnce = 8;
+    static_assert(kMine % kAtOnce == 0, "rows are looked at eight by eight");
+    const int lane = threadIdx.x % 32;
     __syncthreads();
-    int32_t from[kMine], count[kMine], index[kMine];
+#pragma unroll 1
+    for (int r0 = threadIdx.x / 32 * kMine, r1 = r0 + kMine; r0 < r1; r0 += kAtOnce) {
+      int32_t from[kAtOnce], count[kAtOnce], index[kAtOnce];
 #pragma unroll
-    for (int k = 0; k < kMine; ++k) {
-      from[k] = end[r0 + k];
-      count[k] = last[r0 + k] - from[k];
-    }
-    for (bool more = true; more;) {
-      more = false;
-#pragma unroll
-      for (int k = 0; k < kMine; ++k) {
-        const int32_t step = count[k] / 32 + (count[k] % 32 > 0), at = lane * step + step - 1;  // the last of each step
-        index[k] = step > 0 && at < count[k] ? read_index(view, from[k] + at) : kNoColumn;
+      for (int k = 0; k < kAtOnce; ++k) {
+        from[k] = end[r0 + k];
+        count[k] = last[r0 + k] - from[k];
       }
+      for (bool more = true; more;) {
+        more = false;
 #pragma unroll
-      for (int k = 0; k < kMine; ++k) {
-        const int32_t step = count[k] / 32 + (count[k] % 32 > 0);
-        const int32_t passed = __popc(__ballot_sync(kAllLanes, index[k] < first_column)) * step;
-        from[k] += passed;
-        count[k] = max(min(count[k] - passed, step - 1), 0);
-        more |= count[k] > 0;
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int32_t step = count[k] / 32 + (count[k] % 32 > 0), at = lane * step + step - 1;  // the last of a step
+          index[k] = step > 0 && at < count[k] ? read_index(view, from[k] + at) : kNoColumn;
+        }
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+          const int32_t step = count[k] / 32 + (count[k] % 32 > 0);
+          const int32_t passed = __popc(__ballot_sync(kAllLanes, index[k] < first_column)) * step;
+          from[k] += passed;
+          count[k] = max(min(count[k] - passed, step - 1), 0);
+          more |= count[k] > 0;
+        }
       }
-    }
-    __syncwarp();  // every lane has read its rows
+      __syncwarp();  // every lane has read its rows
 #pragma unroll
-    for (int k = 0; k < kMine; ++k) {
-      if (lane == 0) end[r0 + k] = from[k];
+      for (int k = 0; k < kAtOnce; ++k) {
+        if (lane == 0) end[r0 + k] = from[k];
+      }
     }
     __syncthreads();
   }

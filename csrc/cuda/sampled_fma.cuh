@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, 1) sampled_fma_kernel(const Args p) 
         copy(tile + kFmaStages - 1);
         const char* const stage = shared + tile % kFmaStages * kFmaStage;
         scalar_t tile_sums[kMicro][kMicro] = {};
-#pragma unroll 4
+#pragma unroll 8
         for (int k = 0; k < kFmaTokens; ++k) {
           scalar_t rows[kMicro], columns[kMicro];
           load_chunks<scalar_t>(rows, stage + k * (2 * kFmaRow), y, k);
