@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where dense blocks are modelled faster than an inner product an entry, in sampled products.
 
-What each kernel asks of each resource is counted at two densities and continued on a line, as in ``dispatch``.
+What each kernel asks of each resource is counted at two densities and continued on a line, as in ``dispatch``; that of
+blocks, which have more splits where there are few entries, not below the lower density.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ ENTRIES, BLOCKS = (0.01, 0.03), {"bfloat16": (0.05, 0.15), "float32": (0.2, 0.3)
 WIDE_LANES = {80: 32, 90: 64, 89: 2, 100: 64}
 
 
-def _seconds(case_at: Callable[[float], Sampling], densities: tuple[float, float], device: Device):
+def _seconds(
+    case_at: Callable[[float], Sampling], densities: tuple[float, float], device: Device, least: float = -1.0
+) -> Callable[[float], float]:
     low, high = (model.works(case_at(density), device) for density in densities)
 
     def seconds(density: float) -> float:
-        share = (density - densities[0]) / (densities[1] - densities[0])
+        share = max((density - densities[0]) / (densities[1] - densities[0]), least)
         return model.seconds([between(a, b, share) for a, b in zip(low, high, strict=True)], device)
 
     return seconds
@@ -48,7 +51,7 @@ def ways(n: int, T: int, dtype: str, device: Device) -> tuple[Callable[[float], 
 
     plans = (True, False) if dtype == "bfloat16" else (False,)
     entries = [_seconds(case(False, tiles), ENTRIES, device) for tiles in plans]
-    blocks = _seconds(case(True, False), BLOCKS[dtype], device)
+    blocks = _seconds(case(True, False), BLOCKS[dtype], device, 0.0)
     return (
         lambda density: max(min(way(density) for way in entries), _wide(dtype, density * n * n, T, device)),
         lambda density: max(blocks(density), _wide(dtype, n * n, T, device)),

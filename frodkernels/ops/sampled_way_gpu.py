@@ -13,10 +13,10 @@ import torch
 NEVER = 1.0
 # By compute capability; 80 is the model's A100, 89 its RTX 4090, 90 its H100, 100 its B200.
 BREAK_EVEN = {
-    80: {torch.bfloat16: 0.046, torch.float32: 0.337, torch.float64: 0.178},
-    89: {torch.bfloat16: 0.132, torch.float32: 0.176, torch.float64: NEVER},
-    90: {torch.bfloat16: 0.038, torch.float32: 0.274, torch.float64: 0.372},
-    100: {torch.bfloat16: 0.038, torch.float32: 0.202, torch.float64: 0.305},
+    80: {torch.bfloat16: 0.047, torch.float32: 0.336, torch.float64: 0.178},
+    89: {torch.bfloat16: 0.132, torch.float32: 0.163, torch.float64: NEVER},
+    90: {torch.bfloat16: 0.038, torch.float32: 0.244, torch.float64: 0.372},
+    100: {torch.bfloat16: 0.038, torch.float32: 0.185, torch.float64: 0.305},
 }
 BREAK_EVEN[86] = BREAK_EVEN[120] = BREAK_EVEN[89]  # assumed: no model of them
 
