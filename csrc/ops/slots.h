@@ -23,7 +23,7 @@ constexpr int64_t kGrain = 16384;  // entries a thread should have to be worth w
 // Partial sums of the backward. How many there are follows from shapes alone, so results never depend on the threads:
 // at least kSplits, for parallelism; more for very long inputs, since a chain of one addition a tile loses what
 // pairwise summation keeps; fewer where they would hold more than kPartialBytes.
-constexpr int64_t kSplits = 8, kTilesInChain = 16, kPartialBytes = int64_t(4) << 20;
+constexpr int64_t kSplits = 4, kTilesInChain = 16, kPartialBytes = int64_t(4) << 20;
 
 inline Scalar scalar_of(const Tensor& t, const char* name) { return ops::scalar_of<Scalar>(t, name); }
 

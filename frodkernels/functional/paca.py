@@ -49,13 +49,14 @@ class PaCA(torch.autograd.Function):
         chosen, weight, columns, column_weight = ctx.saved_tensors
         need_x, need_weight, _, need_columns, need_bias = ctx.needs_input_grad[:5]
         g = as_dtype(g, ctx.dtype)
+        sums = torch.float64 if torch.float64 in (g.dtype, column_weight.dtype) else torch.float32
         dx = dcolumns = None
         if need_x:
             dx = times(g, as_dtype(weight, g.dtype))
             if not ctx.placed and columns.numel():
-                dx.index_copy_(1, columns, g @ as_dtype(column_weight, g.dtype))
+                _, into = skinny.householder(g, column_weight.to(sums), None)  # g C
+                dx.index_copy_(1, columns, into.to(g.dtype))
         if need_columns:
-            sums = torch.float64 if torch.float64 in (g.dtype, column_weight.dtype) else torch.float32
             dcolumns = skinny.householder_gradient(g, chosen.to(sums)).to(column_weight.dtype)
         return dx, None, None, dcolumns, g.sum(0) if need_bias else None, None
 

@@ -99,6 +99,18 @@ def test_no_less_precise_than_a_changed_weight(dtype, columns_dtype, placed):
         assert_no_worse_than_torch(one, right, other)
 
 
+@pytest.mark.parametrize("k", [1, 8])
+def test_columns_far_larger_than_the_others(k):
+    """The gradient of x is then made of k columns alone, and must be summed as well as the whole product is."""
+    weight, bias, columns, column_weight = make(2048, 64, k, torch.float32)
+    column_weight *= 1000
+    x, g = torch.randn(128, 64, requires_grad=True), torch.randn(128, 2048)
+    (got,) = torch.autograd.grad(fk.paca_linear(x, weight, columns, column_weight, bias), x, g)
+    (want,) = torch.autograd.grad(plain(x, weight, columns, column_weight, bias), x, g)
+    exact = g.double() @ weight.double().index_copy(1, columns, column_weight.double())
+    assert_no_worse_than_torch(got, exact, want)
+
+
 def test_what_is_kept_for_the_backward():
     """k numbers a token, and tensors that live anyway."""
     weight, bias, columns, column_weight = make(60, 50, 6, torch.float32)
