@@ -77,6 +77,7 @@ Tensor sampled_product(const Tensor& a, const Tensor& b, const Tensor& indptr, c
   if (slots.nnz == 0) return out;
   if (a.size(1) == 0) return torch::stable::zero_(out);
   if (tiled) {
+    STD_TORCH_CHECK(slots.ascending(), "indices must ascend within a group");
     run_blocks(a, b, slots, out);
   } else if (a.scalar_type() == ScalarType::Double) {
     run_entries<double>(a, b, slots, out);

@@ -100,11 +100,29 @@ struct Slots {
   // Whether every index and every place is in range: a pass over the plan.
   bool in_range(int64_t columns) const { return narrow() ? in_range<uint16_t>(columns) : in_range<int32_t>(columns); }
 
+  // Whether indices ascend within every group: what a search in them needs.
+  bool ascending() const { return narrow() ? ascending<uint16_t>() : ascending<int32_t>(); }
+
   bool narrow() const { return indices.scalar_type() == ScalarType::UInt16; }
   const int32_t* order() const { return static_cast<const int32_t*>(perm.const_data_ptr()); }
   const int32_t* pointers() const { return static_cast<const int32_t*>(indptr.const_data_ptr()); }
 
  private:
+  template <typename Index>
+  bool ascending() const {
+    std::atomic<bool> good{true};
+    const int32_t* p = pointers();
+    const Index* index = static_cast<const Index*>(indices.const_data_ptr());
+    parallel_for(0, groups, kGrain / 64, [&](int64_t begin, int64_t end) {
+      bool fine = true;
+      for (int64_t g = begin; g < end; ++g) {
+        for (int32_t k = p[g] + 1; k < p[g + 1]; ++k) fine &= index[k - 1] < index[k];
+      }
+      if (!fine) good = false;
+    });
+    return good;
+  }
+
   template <typename Index>
   bool in_range(int64_t columns) const {
     std::atomic<bool> good{true};

@@ -19,10 +19,18 @@ from frodkernels.functional._gemm import linear, times
 from frodkernels.ops import householder as skinny
 
 
+def _hold(weight: Tensor, columns: Tensor, column_weight: Tensor) -> bool:
+    """Whether the columns are in W, where the host can tell without waiting for a device."""
+    if weight.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(weight, FakeTensor):
+        return False
+    return torch.equal(weight.index_select(1, columns), column_weight.to(weight.dtype))
+
+
 class PaCA(torch.autograd.Function):
     """y = x W^T + x_J (C - W_J)^T + bias;  dx = g W, dx_J = g C;  dC = g^T x_J. Saves x_J [T, k].
 
-    Where W holds C already (``placed``), y and dx are one product each.
+    Where W holds C already (``placed``), y is one product, and so is dx if it still does (on the CPU; elsewhere nobody
+    asks, and dx_J is always a product of its own).
     """
 
     @staticmethod
@@ -37,7 +45,7 @@ class PaCA(torch.autograd.Function):
         W = as_dtype(weight, x.dtype)
         y = linear(x, W, bias)
         if not placed and columns.numel():
-            wide = torch.promote_types(column_weight.dtype, weight.dtype)
+            wide = torch.promote_types(torch.promote_types(column_weight.dtype, weight.dtype), x.dtype)
             change = column_weight.to(wide) - weight.index_select(1, columns).to(wide)
             y.addmm_(chosen, change.to(x.dtype).t())
         return y
@@ -53,7 +61,8 @@ class PaCA(torch.autograd.Function):
         dx = dcolumns = None
         if need_x:
             dx = times(g, as_dtype(weight, g.dtype))
-            if not ctx.placed and columns.numel():
+            # what was placed may have made room for another forward's columns since
+            if columns.numel() and not (ctx.placed and _hold(weight, columns, column_weight)):
                 _, into = skinny.householder(g, column_weight.to(sums), None)  # g C
                 dx.index_copy_(1, columns, into.to(g.dtype))
         if need_columns:

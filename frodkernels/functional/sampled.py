@@ -70,6 +70,21 @@ def sampled_product(a: Tensor, b: Tensor, pattern: SparsePattern) -> Tensor:
     return SampledProduct.apply(a, b, *both_views(pattern.to(a.device), a))
 
 
+def _shared(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors may share memory. Traced calls cannot ask, and keep what is written apart themselves."""
+    if torch.compiler.is_compiling() or a.is_meta or not (a.numel() and b.numel()):
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _overlaps(matrix: Tensor) -> bool:
+    """Whether two entries of a matrix may have one place: rows that reach into each other."""
+    (inner, inner_size), (outer, outer_size) = sorted(zip(matrix.stride(), matrix.shape, strict=True))
+    if matrix.numel() == 0 or outer_size == 1:
+        return matrix.numel() > 0 and inner_size > 1 and inner == 0
+    return (inner_size > 1 and inner == 0) or outer <= inner * (inner_size - 1)
+
+
 def scatter_values_(
     weight: Tensor,
     values: Tensor,
@@ -94,7 +109,8 @@ def scatter_values_(
         scale: a number that multiplies the values.
         accumulate: add to the entries; False: write ``scale * values`` in their place (bits are copied where the
             dtypes are equal and scale is 1).
-        old: [nnz] contiguous tensor in weight's dtype that receives the entries from before, in COO order.
+        old: [nnz] contiguous tensor in weight's dtype that receives the entries from before, in COO order; it may be
+            ``values``, which then change places with the entries.
 
     Returns:
         ``weight``. Computed in float32 (float64 where an operand is) and rounded once. Not differentiable.
@@ -115,14 +131,16 @@ def scatter_values_(
         check_tensor(old, "old", weight.device)
         if not old.is_contiguous():
             raise ValueError("old must be contiguous")
-        if not old.is_meta and old.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() and old.numel():
+        if _shared(old, weight):
             raise ValueError("old must not share memory with weight")
     pattern = pattern.to(weight.device)
     ops.check_scatter(weight, values, *pattern.csr, old)
-    if any(s == 0 and size > 1 for s, size in zip(weight.stride(), weight.shape, strict=True)):
-        raise ValueError("weight must not be an expanded tensor: its entries share memory")
+    if _overlaps(weight):
+        raise ValueError(f"weight must not be a tensor whose entries share memory, got strides {weight.stride()}")
     if torch.is_grad_enabled() and (weight.requires_grad or values.requires_grad):
         raise RuntimeError("scatter_values_ records no gradient: call it under torch.no_grad()")
+    if _shared(values, weight) or (old is not None and _shared(values, old)):
+        values = values.clone()  # they are read while the others are written
     with torch.no_grad():
         ops.scatter_values_(weight, values, *pattern.csr, float(scale), bool(accumulate), old)
     if not torch.compiler.is_compiling():

@@ -27,8 +27,8 @@ from frodkernels.pattern import SparsePattern
 from frodkernels.reference.sparse_core import accumulator
 
 
-def _scaled(values: Tensor, scale: float) -> Tensor:
-    return values if scale == 1.0 else values.to(accumulator(values, values)) * scale
+def _scaled(values: Tensor, scale: float, features: Tensor) -> Tensor:
+    return values if scale == 1.0 else values.to(accumulator(features, values)) * scale
 
 
 def _unscaled(dscaled: Tensor, values: Tensor, scale: float) -> Tensor:
@@ -44,7 +44,7 @@ def _delta_gradients(
         return None, None
     z = g.new_empty(columns[0].numel() - 1, g.shape[0]) if x is None else x.t()  # not read without dvalues
     needs = [need_x, False, need_values]
-    dx, _, dvalues = gradients(g.t(), z, None, _scaled(values, ctx.scale), columns, needs, True)
+    dx, _, dvalues = gradients(g.t(), z, None, _scaled(values, ctx.scale, g), columns, needs, True)
     return None if dx is None else dx.t(), None if dvalues is None else _unscaled(dvalues, values, ctx.scale)
 
 
@@ -56,7 +56,8 @@ class SparseDelta(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, scale: float, *views: Tensor) -> Tensor:
         ctx.scale, ctx.dtype = scale, x.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, *columns_view(views))
-        return product(x.t(), None, _scaled(values, scale), rows_view(views), True).t()
+        y = product(x.t(), None, _scaled(values, scale, x), rows_view(views), True).t()
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view to autograd: it may be changed in place
 
     @staticmethod
     @first_order
@@ -83,7 +84,7 @@ class SparseDeltaLinear(torch.autograd.Function):
         _, need_weight, need_values = ctx.needs_input_grad[:3]
         ctx.save_for_backward(x if need_weight or need_values else None, weight, values, *columns_view(views))
         y = linear(x, as_dtype(weight, x.dtype), bias)
-        rows, scaled = rows_view(views), _scaled(values, scale)
+        rows, scaled = rows_view(views), _scaled(values, scale, x)
         if ops.adds_in_place(x, scaled):
             ops.sparse_core_add_(y.t(), x.t(), scaled, rows[:3])
         else:
@@ -100,7 +101,7 @@ class SparseDeltaLinear(torch.autograd.Function):
         g = as_dtype(g, ctx.dtype)
         dx = times(g, as_dtype(weight, g.dtype)) if need_x else None
         dvalues = dweight = None
-        scaled = _scaled(values, ctx.scale)
+        scaled = _scaled(values, ctx.scale, g)
         if dx is not None and ops.adds_in_place(g, scaled):
             z = dx.t() if x is None else x.t()  # not read without dvalues
             dvalues = ops.sparse_core_backward_add_(dx.t(), g.t(), z, scaled, columns[:3], need_values)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from frodkernels.functional._common import check_tensor
 from frodkernels.functional.paca import adapted, check_columns
+from frodkernels.nn.hra import plain_linear
 
 
 class PaCALinear(nn.Module):
@@ -59,8 +61,8 @@ class PaCALinear(nn.Module):
         Raises:
             ValueError: an argument of the wrong type, or bad columns; names it.
         """
-        if not isinstance(linear, nn.Linear):
-            raise ValueError(f"linear must be a torch.nn.Linear, got {type(linear).__name__}")
+        if not isinstance(linear, nn.Linear) or not plain_linear(linear):
+            raise ValueError(f"linear must be a plain torch.nn.Linear without hooks, got {type(linear).__name__}")
         n = linear.in_features
         if columns is None:
             if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n:
@@ -83,11 +85,15 @@ class PaCALinear(nn.Module):
             self.weight.data.index_copy_(1, self.columns, self.column_weight.detach().to(self.weight.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor) or x.dim() < 1 or x.shape[-1] != self.in_features:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"x must be [..., {self.in_features}], got {got}")
-        self._place()
-        return adapted(x, self.weight, self.columns, self.column_weight, self.bias, placed=True)
+        check_tensor(x, "x")
+        if x.dim() < 1 or x.shape[-1] != self.in_features:
+            raise ValueError(f"x must be [..., {self.in_features}], got {list(x.shape)}")
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("weight requires grad, but it is frozen in PaCA: train column_weight instead")
+        placed = not torch.compiler.is_compiling()  # a graph should change nothing behind its inputs
+        if placed:
+            self._place()
+        return adapted(x, self.weight, self.columns, self.column_weight, self.bias, placed=placed)
 
     def merge(self) -> nn.Linear:
         """A plain ``torch.nn.Linear`` with a copy of the present weight; this layer is not changed."""

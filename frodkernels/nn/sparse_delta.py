@@ -66,6 +66,7 @@ class SparseDeltaLinear(nn.Module):
         self.scale = float(scale)
         self._old: Tensor | None = None
         self._cache = EvalCache(cache_budget)
+        self._register_state_dict_hook(_as_unmerged)
         prepare(self.pattern)
 
     @classmethod
@@ -132,9 +133,12 @@ class SparseDeltaLinear(nn.Module):
             return scatter_values_(weight, self.values, self.pattern, scale=self.scale)
 
     def _linear(self) -> nn.Linear:
-        if not isinstance(self.base, nn.Linear):
-            raise ValueError(f"base must be a torch.nn.Linear to be merged, got {type(self.base).__name__}")
-        return self.base
+        base = self.base
+        # a weight that is made anew at every call, or that is used for something else, has no place for S
+        own = "weight" in base._parameters and type(base).forward is nn.Linear.forward
+        if not isinstance(base, nn.Linear) or not own:
+            raise ValueError(f"base must be a torch.nn.Linear to be merged, got {type(base).__name__}")
+        return base
 
     def merge(self) -> nn.Linear:
         """A plain ``torch.nn.Linear`` with the weight W + scale S; this layer is not changed.
@@ -196,22 +200,38 @@ class SparseDeltaLinear(nn.Module):
             prepare(self.pattern)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        indices = state_dict.get(f"{prefix}_extra_state")
+        if indices is not None:
+            self._checked(indices)  # before anything is changed
         self._cache.drop()
-        super()._load_from_state_dict(*args, **kwargs)
+        self.unmerge_()  # what is saved is the state of an unmerged layer
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def get_extra_state(self) -> Tensor:
         """The pattern, [2, nnz] int64: values mean nothing without the positions they belong to."""
         return torch.stack(self.pattern.coo())
 
-    def set_extra_state(self, indices: Tensor) -> None:
-        """Take the pattern of a saved layer; ValueError when it does not fit, before anything is changed."""
+    def _checked(self, indices: Tensor) -> SparsePattern:
         pattern = SparsePattern.from_coo(indices, self.pattern.shape)
         if pattern.nnz != self.values.numel():
             raise ValueError(f"the saved pattern has {pattern.nnz} entries but values has {self.values.numel()}")
-        if self.merged:
-            raise ValueError("a merged layer takes no other pattern: call unmerge_() before loading")
+        return pattern
+
+    def set_extra_state(self, indices: Tensor) -> None:
+        """Take the pattern of a saved layer; ValueError when it does not fit."""
+        pattern = self._checked(indices)
+        self.unmerge_()
         self.pattern = pattern.to(self.pattern.device)
 
     def extra_repr(self) -> str:
         return f"nnz={self.pattern.nnz}, density={self.pattern.density:.3g}, scale={self.scale}, merged={self.merged}"
+
+
+def _as_unmerged(layer: SparseDeltaLinear, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """A merged layer saves W as it was before: loaded anywhere, S is in it once."""
+    key = f"{prefix}base.weight"
+    if layer._old is not None and key in state:
+        weight = state[key].detach().clone()
+        scatter_values_(weight, layer._old.to(weight.device, weight.dtype), layer.pattern, accumulate=False)
+        state[key] = weight

@@ -79,6 +79,44 @@ def test_a_parameter_changed_between_forward_and_backward_is_noticed():
         y.sum().backward()
 
 
+def test_every_backward_has_the_columns_of_its_own_forward():
+    """W is shared by calls with other columns in between: averaged weights, functional_call, two layers of one W."""
+    layer = make(dtype=torch.float64)
+    first, second = (torch.randn(M, K, dtype=torch.float64) for _ in range(2))
+    x = torch.randn(3, N, dtype=torch.float64, requires_grad=True)
+    y = torch.func.functional_call(layer, {"column_weight": first}, (x,))
+    torch.func.functional_call(layer, {"column_weight": second}, (x.detach(),))
+    (got,) = torch.autograd.grad(y.sum(), x)
+    weight = layer.weight.detach().clone().index_copy(1, layer.columns, first)
+    torch.testing.assert_close(got, weight.sum(0).expand(3, N))
+
+
+def test_a_layer_that_is_more_than_its_weight_is_refused():
+    class Tripled(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    hooked = torch.nn.Linear(N, M)
+    hooked.register_forward_hook(lambda module, args, out: out + 1)
+    for linear in (Tripled(N, M), hooked):
+        with pytest.raises(ValueError, match="^linear must be a plain"):
+            PaCALinear.from_linear(linear, K)
+
+
+def test_a_weight_that_wants_a_gradient_is_refused():
+    layer = make().requires_grad_(True)
+    with pytest.raises(NotImplementedError, match="^weight requires grad"):
+        layer(torch.randn(3, N))
+    with pytest.raises(ValueError, match="^x must be"):
+        layer(torch.ones(3, N, dtype=torch.int32))
+
+
+def test_it_exports():
+    layer, x = make(), torch.randn(3, N)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.testing.assert_close(exported(x), layer(x))
+
+
 def test_writes_behind_autograds_back_are_seen():
     layer = make()
     layer.column_weight.data.copy_(torch.randn(M, K))

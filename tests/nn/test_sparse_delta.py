@@ -175,8 +175,48 @@ def test_state_dict_carries_the_pattern():
     short = SparseDeltaLinear.from_linear(torch.nn.Linear(N, M), 1)
     with pytest.raises((ValueError, RuntimeError)):
         short.load_state_dict(layer.state_dict())
-    with pytest.raises(ValueError, match="merged"):
-        other.merge_().set_extra_state(layer.get_extra_state())
+    values = short.values.detach().clone()
+    assert torch.equal(short.values, values)
+
+
+def test_a_merged_layer_saves_the_weight_from_before():
+    layer, other = make(scale=0.5), make(scale=0.5)
+    x, before = torch.randn(4, N), layer.base.weight.detach().clone()
+    want = layer(x)
+    state = layer.merge_().state_dict()
+    assert layer.merged and torch.equal(state["base.weight"], before)
+    other.merge_().load_state_dict(state)
+    assert not other.merged and torch.equal(other.base.weight, before)
+    torch.testing.assert_close(other(x), want)
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), want)
+
+
+def test_a_refused_pattern_leaves_everything():
+    layer = make()
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    before = {k: v.clone() for k, v in state.items()}
+    state["values"] += 1
+    state["_extra_state"][0, 0] = M
+    with pytest.raises(ValueError, match="out of range"):
+        layer.load_state_dict(state)
+    assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+class Tripled(torch.nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def test_weights_that_are_not_what_is_multiplied_are_not_merged():
+    parametrised = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(N, M))
+    for base in (parametrised, Tripled(N, M)):
+        layer = SparseDeltaLinear.from_linear(base, 2)
+        torch.nn.init.normal_(layer.values)
+        for merge in (layer.merge_, layer.merge):
+            with pytest.raises(ValueError, match="^base must be"):
+                merge()
+        assert not layer.merged
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])

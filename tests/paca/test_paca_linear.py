@@ -111,6 +111,14 @@ def test_columns_far_larger_than_the_others(k):
     assert_no_worse_than_torch(got, exact, want)
 
 
+@pytest.mark.parametrize("dtype, narrow", [(torch.float32, torch.bfloat16), (F64, torch.float32)], ids=str)
+def test_weights_narrower_than_the_input(dtype, narrow):
+    weight, bias, columns, column_weight = make(40, 60, 12, narrow)
+    x = torch.randn(30, 60, dtype=dtype)
+    got = fk.paca_linear(x, weight, columns, column_weight, bias)
+    torch.testing.assert_close(got, plain(x, weight.to(dtype), columns, column_weight, bias.to(dtype)))
+
+
 def test_what_is_kept_for_the_backward():
     """k numbers a token, and tensors that live anyway."""
     weight, bias, columns, column_weight = make(60, 50, 6, torch.float32)

@@ -74,6 +74,17 @@ def test_native_ops_survive_every_bad_plan(narrow, tiled):
     assert torch.equal(weight, before)
 
 
+def test_blocks_refuse_indices_that_do_not_ascend():
+    """They are searched: the wrong place would be read."""
+    n = 100_000
+    indptr, perm = torch.tensor([0, 3], dtype=torch.int32), torch.arange(3, dtype=torch.int32)
+    for indices in ([n - 1, 5, 3], [3, 5, 5], [5, 3, n - 1]):
+        plan = indptr, torch.tensor(indices, dtype=torch.int32), perm
+        refuses(
+            NATIVE.native_sampled_product, (torch.ones(n, 4), torch.ones(1, 4), *plan, torch.float32, True), indices
+        )
+
+
 def test_native_ops_refuse_mismatched_sizes_and_dtypes():
     case = make_sampling(20, 24, 8)
     plan = case.pattern.csc

@@ -120,8 +120,8 @@ def test_no_less_precise_than_a_changed_weight(backend, dtype, values_dtype, sca
 def test_values_narrower_than_the_input(backend, values_dtype):
     weight, bias, values, pattern = make("random", 15, 20, F64, values_dtype)
     x = torch.randn(30, 20, dtype=F64)
-    got = fk.sparse_delta_linear(x, weight, values.requires_grad_(), pattern, bias)
-    torch.testing.assert_close(got, plain(x, weight, values, pattern, bias))
+    got = fk.sparse_delta_linear(x, weight, values.requires_grad_(), pattern, bias, scale=0.3)
+    torch.testing.assert_close(got, plain(x, weight, values, pattern, bias, 0.3))
     (grad,) = torch.autograd.grad(got.sum(), values)
     assert grad.dtype == values_dtype
 
@@ -174,6 +174,26 @@ def test_compiles_in_one_graph_without_recompiling(dynamic):
             got = torch.autograd.grad(compiled(x, values), (x, values))
         for one, other in zip(got, torch.autograd.grad(loss(x, values), (x, values)), strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("function", ["sparse_delta", "sparse_delta_linear"])
+def test_results_may_be_changed_in_place(function):
+    weight, bias, values, pattern = make("random", 12, 17)
+    x = torch.randn(6, 17, dtype=F64, requires_grad=True)
+
+    def result():
+        return (
+            sparse_delta(x, values, pattern)
+            if function == "sparse_delta"
+            else fk.sparse_delta_linear(x, weight, values, pattern)
+        )
+
+    (want,) = torch.autograd.grad((3 * result()).relu().sum(), x)
+    y = result()
+    y *= 3
+    y[..., :0] = 0
+    (got,) = torch.autograd.grad(y.relu_().sum(), x)
+    torch.testing.assert_close(got, want)
 
 
 def test_checkpointing_gives_the_same_gradients():
