@@ -42,7 +42,8 @@ using vd = double __attribute__((vector_size(kBytes)));
 using vu = uint32_t __attribute__((vector_size(kBytes)));
 using vi = int32_t __attribute__((vector_size(kBytes)));
 using vl = int64_t __attribute__((vector_size(kBytes)));
-using vh = uint16_t __attribute__((vector_size(kBytes / 2)));
+using vs = uint16_t __attribute__((vector_size(kBytes)));
+using vm = int16_t __attribute__((vector_size(kBytes)));
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }  // std::min would be a symbol shared by levels
 
@@ -156,13 +157,33 @@ inline void transpose_words(vu (&r)[kLanes]) {
   }
 }
 
+// Transpose a block of 2 kLanes x 2 kLanes 16-bit numbers: put(k, column k of what row(0), row(1), ... give), by words
+// that pair two rows. Every row is read once and every column put once, as a whole.
+template <typename Row, typename Put>
+inline void transpose_pairs(Row row, Put put) {
+  const vm first = lanes<vm>([](int l) { return l / 8 * 8 + l % 8 / 2 + l % 2 * 2 * kLanes; });
+  const vm second = lanes<vm>([](int l) { return l / 8 * 8 + l % 8 / 2 + l % 2 * 2 * kLanes + 4; });
+  vu low[kLanes], high[kLanes];
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) {
+    const vs a = row(2 * l), b = row(2 * l + 1);
+    low[l] = bits<vu>(__builtin_shuffle(a, b, first));
+    high[l] = bits<vu>(__builtin_shuffle(a, b, second));
+  }
+  transpose_words(low);
+  transpose_words(high);
+#pragma GCC unroll 16
+  for (int l = 0; l < kLanes; ++l) {
+    put(l / 4 * 8 + l % 4, bits<vs>(low[l]));
+    put(l / 4 * 8 + l % 4 + 4, bits<vs>(high[l]));
+  }
+}
+
 // float32 -> bfloat16 in the high half of each word, to nearest even; NaN stays NaN.
 inline vu round_bf16(vf x) {
   const vu w = bits<vu>(x);
   const vu rounded = w + 0x7fffu + ((w >> 16) & 1u);
-  const vu quiet = w | 0x00400000u;
-  const vu is_nan = bits<vu>(x != x);
-  return ((is_nan & quiet) | (~is_nan & rounded)) & 0xffff0000u;
+  return (x != x ? w | 0x00400000u : rounded) & 0xffff0000u;
 }
 
 inline vf halves_to_floats(const uint16_t* p) {
@@ -200,7 +221,7 @@ struct F32 {
   static void unpack(const tile* p, Vec* out) { out[0] = load<vf>(p); }
   static void pack(const scalar* from, tile* to) { store(to, load<vf>(from)); }
   static void write(const Vec* v, scalar* to) { store(to, v[0]); }
-  static vu words(const scalar* token, int64_t) { return load<vu>(token); }
+  static vu words(const scalar* token) { return load<vu>(token); }
 };
 
 struct F16 {
@@ -215,7 +236,7 @@ struct F16 {
   static void unpack(const tile* p, Vec* out) { out[0] = load<vf>(p); }
   static void pack(const scalar* from, tile* to) { store(to, halves_to_floats(from)); }
   static void write(const Vec* v, scalar* to) { floats_to_halves(v[0], to); }
-  static vu words(const scalar* token, int64_t) { return bits<vu>(halves_to_floats(token)); }
+  static vu words(const scalar* token) { return bits<vu>(halves_to_floats(token)); }
 };
 
 struct BF16 {
@@ -234,12 +255,6 @@ struct BF16 {
   }
   static void pack(const scalar* from, tile* to) { store(to, load<vu>(from)); }
   static void write(const Vec* v, scalar* to) { store(to, (round_bf16(v[0]) >> 16) | round_bf16(v[1])); }
-  // Word l pairs feature l of a token (low half) with that of the next token (high half).
-  static vu words(const scalar* token, int64_t next) {
-    uint32_t w[kLanes];
-    for (int l = 0; l < kLanes; ++l) w[l] = uint32_t(token[l]) | uint32_t(token[next + l]) << 16;
-    return load<vu>(w);
-  }
 };
 
 struct F64 {

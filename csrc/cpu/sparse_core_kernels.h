@@ -16,18 +16,50 @@ static int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / 
 // Independent chains of multiply-adds in flight: latency x throughput of the FMA units.
 constexpr int kChains = 8;
 
+// The rows of a packed tile that slots gather. Where they come from L2, or L3, that of a later slot is asked for while
+// others are multiplied: from the near caches of the core that would only be work.
+template <typename S, int kChunks, typename Index>
+class Gathered {
+  using tile_t = typename S::tile;
+  static constexpr int64_t kSlotsAhead = 12;
+  const tile_t* const tile_;
+  const int64_t width_, last_;
+  const Index* const indices_;
+  const bool far_;
+
+ public:
+  Gathered(const Product& a, const tile_t* tile, int64_t width)
+      : tile_(tile),
+        width_(width),
+        last_(a.plan.nnz - 1),
+        indices_(static_cast<const Index*>(a.plan.indices)),
+        far_(a.tiling.far) {}
+
+  bool far() const { return far_; }
+
+  template <bool kAsk>
+  [[gnu::always_inline]] const tile_t* row(int64_t slot) const {
+    if constexpr (kAsk) {
+      const tile_t* later = tile_ + int64_t(indices_[smaller(slot + kSlotsAhead, last_)]) * width_;
+#pragma GCC unroll 16
+      for (int c = 0; c < kChunks; ++c) __builtin_prefetch(later + c * S::kTokens, 0, 3);
+    }
+    return tile_ + int64_t(indices_[slot]) * width_;
+  }
+};
+
 // ---- forward -------------------------------------------------------------------------------------------------------
 
-// acc += sum_p values[p] tile[indices[p]], begin <= p < end. Few accumulators would make one long chain of dependent
+// acc += sum_p values[p] rows.row(p), begin <= p < end. Few accumulators would make one long chain of dependent
 // multiply-adds, so slots are dealt to several sets of them, added up in a fixed order.
-template <typename S, int kChunks, typename Index>
-static inline void gather(const typename S::tile* tile, int64_t width, const Index* indices,
-                          const typename S::acc* values, int32_t begin, int32_t end, typename S::Vec* acc) {
+template <bool kAsk, typename S, int kChunks, typename Index>
+static inline void gather(const Gathered<S, kChunks, Index>& rows, const typename S::acc* values, int32_t begin,
+                          int32_t end, typename S::Vec* acc) {
   using Vec = typename S::Vec;
   constexpr int kAcc = kChunks * S::kVecs;
   constexpr int kSets = kAcc >= kChains ? 1 : kChains / kAcc;
   auto add = [&](int32_t p, Vec* to) {
-    const typename S::tile* row = tile + int64_t(indices[p]) * width;
+    const typename S::tile* row = rows.template row<kAsk>(p);
     const typename S::acc value = values[p];
     Vec x[kAcc];
 #pragma GCC unroll 16
@@ -61,10 +93,10 @@ static void forward_groups(const Product& a, const typename S::tile* tile, int64
   using Vec = typename S::Vec;
   using acc_t = typename S::acc;
   constexpr int kAcc = kChunks * S::kVecs;
-  const Index* __restrict__ indices = static_cast<const Index*>(a.plan.indices);
   const acc_t* __restrict__ values = static_cast<const acc_t*>(a.plan.values);
   const acc_t* __restrict__ lam = static_cast<const acc_t*>(a.plan.lam);
   tile += at;
+  const Gathered<S, kChunks, Index> rows(a, tile, width);
   RowWriter<S, kChunks> out(a.out, t0 + at, count - at, a.add);
   for (int64_t g = g0; g < g1; ++g) {
     Vec acc[kAcc];
@@ -77,7 +109,11 @@ static void forward_groups(const Product& a, const typename S::tile* tile, int64
 #pragma GCC unroll 16
       for (int k = 0; k < kAcc; ++k) acc[k] = Vec{};
     }
-    gather<S, kChunks>(tile, width, indices, values, a.plan.indptr[g], a.plan.indptr[g + 1], acc);
+    if (rows.far()) {
+      gather<true>(rows, values, a.plan.indptr[g], a.plan.indptr[g + 1], acc);
+    } else {
+      gather<false>(rows, values, a.plan.indptr[g], a.plan.indptr[g + 1], acc);
+    }
     out.write(acc, g);
   }
   out.flush();
@@ -174,16 +210,16 @@ struct Row<BF16, kChunks> {
 // As forward_groups on u, with the products against row g of z taken along: each gathered row of u is read once.
 template <typename S, int kChunks, typename Index, bool kWantDz, bool kWantValues>
 static void backward_groups(const Product& a, const typename S::tile* u, const typename S::tile* z, int64_t z_rows0,
-                            int64_t width, int64_t at, int64_t t0, int64_t count, int64_t g0, int64_t g1,
+                            int64_t width, int64_t at, int64_t t0, int64_t count, int64_t g0, int64_t g1, Ahead ahead,
                             typename S::acc* partial_values, typename S::acc* partial_lam) {
   using Vec = typename S::Vec;
   using acc_t = typename S::acc;
   constexpr int kAcc = kChunks * S::kVecs;
-  const Index* __restrict__ indices = static_cast<const Index*>(a.plan.indices);
   const acc_t* __restrict__ values = static_cast<const acc_t*>(a.plan.values);
   const acc_t* __restrict__ lam = static_cast<const acc_t*>(a.plan.lam);
   u += at;
   z += at;
+  const Gathered<S, kChunks, Index> rows(a, u, width);
   RowWriter<S, kChunks> out(a.out, t0 + at, count - at, a.add);
   Dots<S> by_slot(kWantValues ? partial_values + a.plan.indptr[g0] : nullptr);
   Dots<S> by_group(partial_lam != nullptr ? partial_lam + g0 : nullptr);
@@ -199,9 +235,10 @@ static void backward_groups(const Product& a, const typename S::tile* u, const t
 #pragma GCC unroll 16
       for (int k = 0; k < kAcc; ++k) acc[k] = lam != nullptr ? own[k] * lam[g] : Vec{};
     }
+    ahead.step();
     const int32_t end = a.plan.indptr[g + 1];
     for (int32_t p = a.plan.indptr[g]; p < end; ++p) {
-      const typename S::tile* row = u + int64_t(indices[p]) * width;
+      const typename S::tile* row = rows.far() ? rows.template row<true>(p) : rows.template row<false>(p);
       Vec x[kAcc];
 #pragma GCC unroll 16
       for (int c = 0; c < kChunks; ++c) S::unpack(row + c * S::kTokens, x + c * S::kVecs);
@@ -252,10 +289,16 @@ static void backward_tasks(const Product& a, int64_t begin, int64_t end) {
         Features rows = a.z;
         rows.data = static_cast<typename S::scalar*>(a.z.data) + r0 * a.z.row;
         pack_tile<S>(rows, r1 - r0, t0, count, width, z);
+        // The next rows' lines, while these are multiplied.
+        const bool more = r1 < g1 && a.z.row == 1 && a.z.token != 1;
+        const auto* next = static_cast<const typename S::scalar*>(rows.data) + (r1 - r0) + t0 * a.z.token;
+        const int64_t stride = a.z.token * int64_t(sizeof(typename S::scalar));
         for (int64_t at = 0; at < count; at += kChunks * S::kTokens) {
+          const Ahead ahead(more ? next + at * a.z.token : nullptr, stride, smaller(kChunks * S::kTokens, count - at),
+                            r1 - r0);
           auto run = [&](auto dz, auto dvalues) {
             backward_groups<S, kChunks, Index, dz.value, dvalues.value>(a, u, z, r0, width, at, t0, count, r0, r1,
-                                                                        partial_values, partial_lam);
+                                                                        ahead, partial_values, partial_lam);
           };
           const bool want_dz = a.out.data != nullptr, want_values = partial_values != nullptr;
           if (want_dz && want_values) {

@@ -30,16 +30,20 @@ inline void pack_row(const typename S::scalar* from, int64_t count, int64_t widt
   for (; t < width; ++t) to[t] = 0;
 }
 
-// kLanes features of a chunk's tokens, unit feature stride: a register transpose. 32-bit words only.
+// Neighbouring features of a chunk's tokens, transposed in registers: as many as there are tokens.
 template <typename S>
 inline void pack_block(const typename S::scalar* from, int64_t token, int64_t width, typename S::tile* to) {
-  constexpr int kStep = S::kTokens / kLanes;  // tokens in a word
-  vu r[kLanes];
+  if constexpr (std::is_same_v<S, BF16>) {
+    transpose_pairs([&](int t) { return load<vs>(from + t * token); },
+                    [&](int f, vs row) { store(to + f * width, row); });
+  } else {
+    vu r[kLanes];
 #pragma GCC unroll 16
-  for (int l = 0; l < kLanes; ++l) r[l] = S::words(from + l * kStep * token, token);
-  transpose_words(r);
+    for (int l = 0; l < kLanes; ++l) r[l] = S::words(from + l * token);
+    transpose_words(r);
 #pragma GCC unroll 16
-  for (int l = 0; l < kLanes; ++l) store(to + l * width, r[l]);
+    for (int l = 0; l < kLanes; ++l) store(to + l * width, r[l]);
+  }
 }
 
 // Tokens [t0, t0 + count) of all `rows` features into to[rows][width].
@@ -56,15 +60,16 @@ inline void pack_tile(const Features& x, int64_t rows, int64_t t0, int64_t count
     if (x.row == 1) {
       const int64_t whole = count / S::kTokens * S::kTokens;
       constexpr int64_t kLine = 64 / int64_t(sizeof(scalar)), kAhead = 2 * kLine;
-      for (; f + kLanes <= rows; f += kLanes) {
+      for (; f + S::kTokens <= rows; f += S::kTokens) {
         typename S::tile* block = to + f * width;
         // Rows far apart defeat the prefetchers of the hardware: features further on are asked for here.
-        if (f % kLine == 0 && f + kAhead < rows) {
-          for (int64_t t = 0; t < count; ++t) __builtin_prefetch(data + f + kAhead + t * x.token, 0, 2);
-        }
-        for (int64_t t = 0; t < whole; t += S::kTokens)
+        const bool ask = f % kLine == 0 && f + kAhead < rows;
+        for (int64_t t = 0; t < whole; t += S::kTokens) {
           pack_block<S>(data + f + t * x.token, x.token, width, block + t);
-        for (int l = 0; l < kLanes; ++l) {
+          if (ask)
+            for (int64_t k = t; k < t + S::kTokens; ++k) __builtin_prefetch(data + f + kAhead + k * x.token, 0, 2);
+        }
+        for (int l = 0; l < S::kTokens; ++l) {
           int64_t t = whole;
           for (; t < count; ++t) block[l * width + t] = to_tile<S>(data[f + l + t * x.token]);
           for (; t < width; ++t) block[l * width + t] = 0;
@@ -112,6 +117,27 @@ inline void put(typename S::scalar* to, const typename S::scalar* from, int64_t 
   }
 }
 
+// Cache lines that will be needed soon, asked for a few at a time while other work goes on: all at once they would hold
+// up that work's own loads. Rows far apart defeat the prefetchers of the hardware, which do fetch a line's neighbours.
+class Ahead {
+  const char* next_;
+  int64_t stride_, left_, each_;
+
+ public:
+  // `count` of them, `stride` bytes apart, in `steps` steps; none if first is null.
+  Ahead(const void* first, int64_t stride, int64_t count, int64_t steps)
+      : next_(static_cast<const char*>(first)),
+        stride_(stride),
+        left_(first == nullptr ? 0 : count),
+        each_((count + steps - 1) / steps) {}
+
+  [[gnu::always_inline]] void step() {
+    const int64_t some = smaller(each_, left_);
+    for (int64_t i = 0; i < some; ++i, next_ += stride_) __builtin_prefetch(next_, 0, 3);
+    left_ -= some;
+  }
+};
+
 // Writes, or adds, output rows, kChunks chunks of tokens [t0, t0 + count) each, in ascending order of features. Rows
 // with unit token stride go straight out; others wait for a block of features, so that a token's line is written at
 // once: where features are neighbours, after a transpose in registers.
@@ -125,6 +151,7 @@ class RowWriter {
   const bool add_;
   int64_t first_ = 0;
   int filled_ = 0;
+  Ahead ahead_{nullptr, 0, 0, 1};
   alignas(64) scalar block_[kRows][kWidth];
 
  public:
@@ -132,7 +159,7 @@ class RowWriter {
       : out_(out), t0_(t0), count_(count < kWidth ? count : kWidth), add_(add) {}
 
   void write(const typename S::Vec* acc, int64_t feature) {
-    scalar* to = static_cast<scalar*>(out_.data) + feature * out_.row + t0_;
+    scalar* to = static_cast<scalar*>(out_.data) + feature * out_.row + t0_ * out_.token;
     const bool direct = out_.token == 1 && count_ == kWidth && !add_;
     scalar* row = direct ? to : block_[filled_];
 #pragma GCC unroll 16
@@ -144,10 +171,9 @@ class RowWriter {
     }
     if (filled_++ == 0) {
       first_ = feature;
-      if (add_ && out_.row == 1) {
-        for (int64_t t = 0; t < count_; ++t) __builtin_prefetch(to + t * out_.token, 1, 2);
-      }
+      if (out_.row == 1) ahead_ = Ahead(to, out_.token * int64_t(sizeof(scalar)), count_, kRows - 2);
     }
+    ahead_.step();
     if (filled_ == kRows) flush();
   }
 
@@ -176,19 +202,17 @@ class RowWriter {
     int64_t t = 0;
     for (; t + kStep * kLanes <= count_; t += kStep * kLanes) {
       alignas(64) scalar lines[kStep * kLanes][kRows];
-      for (int f = 0; f < kRows; f += kLanes) {
-        vu r[kLanes];
+      for (int f = 0; f < kRows; f += kStep * kLanes) {
+        if constexpr (kStep == 2) {
+          transpose_pairs([&](int l) { return load<vs>(&block_[f + l][t]); },
+                          [&](int k, vs line) { store(&lines[k][f], line); });
+        } else {
+          vu r[kLanes];
 #pragma GCC unroll 16
-        for (int l = 0; l < kLanes; ++l) r[l] = load<vu>(&block_[f + l][t]);
-        transpose_words(r);  // r[l]: of kLanes features, the tokens of word l
+          for (int l = 0; l < kLanes; ++l) r[l] = load<vu>(&block_[f + l][t]);
+          transpose_words(r);
 #pragma GCC unroll 16
-        for (int l = 0; l < kLanes; ++l) {
-          if constexpr (kStep == 1) {
-            store(&lines[l][f], r[l]);
-          } else {
-            store(&lines[2 * l][f], __builtin_convertvector(r[l] & 0xffffu, vh));
-            store(&lines[2 * l + 1][f], __builtin_convertvector(r[l] >> 16, vh));
-          }
+          for (int l = 0; l < kLanes; ++l) store(&lines[l][f], r[l]);
         }
       }
       for (int k = 0; k < kStep * kLanes; ++k) put<S>(to + (t + k) * out_.token, lines[k], kRows, add_);

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "../cpu/sparse_core.h"
 #include "sparse_core.h"
@@ -27,36 +28,45 @@ constexpr int64_t kSplits = 4, kTilesInChain = 16, kPartialBytes = int64_t(4) <<
 
 inline Scalar scalar_of(const Tensor& t, const char* name) { return ops::scalar_of<Scalar>(t, name); }
 
-// Entry k of a storage array as an accumulator, and back from a sum.
-template <typename Acc>
-Acc read(const void* data, Scalar type, int64_t k) {
+// f(a compile-time Scalar): loops over storage have no branch on its type.
+template <typename F>
+decltype(auto) by_scalar(Scalar type, F f) {
   switch (type) {
     case Scalar::kF32:
-      return Acc(static_cast<const float*>(data)[k]);
+      return f(std::integral_constant<Scalar, Scalar::kF32>{});
     case Scalar::kF64:
-      return Acc(static_cast<const double*>(data)[k]);
+      return f(std::integral_constant<Scalar, Scalar::kF64>{});
     case Scalar::kBF16:
-      return Acc(cpu::bf16_to_float(static_cast<const uint16_t*>(data)[k]));
-    case Scalar::kF16:
-      return Acc(cpu::half_to_float(static_cast<const uint16_t*>(data)[k]));
+      return f(std::integral_constant<Scalar, Scalar::kBF16>{});
+    default:
+      return f(std::integral_constant<Scalar, Scalar::kF16>{});
   }
-  return Acc(0);
 }
 
-inline void write(void* data, Scalar type, int64_t k, double value) {
-  switch (type) {
-    case Scalar::kF32:
-      static_cast<float*>(data)[k] = float(value);
-      return;
-    case Scalar::kF64:
-      static_cast<double*>(data)[k] = value;
-      return;
-    case Scalar::kBF16:
-      static_cast<uint16_t*>(data)[k] = cpu::float_to_bf16(float(value));
-      return;
-    case Scalar::kF16:
-      static_cast<uint16_t*>(data)[k] = cpu::float_to_half(float(value));
-      return;
+// Entry k of a storage array as an accumulator, and back from a sum.
+template <typename Acc, Scalar kType>
+Acc read(const void* data, int64_t k) {
+  if constexpr (kType == Scalar::kF32) {
+    return Acc(static_cast<const float*>(data)[k]);
+  } else if constexpr (kType == Scalar::kF64) {
+    return Acc(static_cast<const double*>(data)[k]);
+  } else if constexpr (kType == Scalar::kBF16) {
+    return Acc(cpu::bf16_to_float(static_cast<const uint16_t*>(data)[k]));
+  } else {
+    return Acc(cpu::half_to_float(static_cast<const uint16_t*>(data)[k]));
+  }
+}
+
+template <Scalar kType>
+void write(void* data, int64_t k, double value) {
+  if constexpr (kType == Scalar::kF32) {
+    static_cast<float*>(data)[k] = float(value);
+  } else if constexpr (kType == Scalar::kF64) {
+    static_cast<double*>(data)[k] = value;
+  } else if constexpr (kType == Scalar::kBF16) {
+    static_cast<uint16_t*>(data)[k] = cpu::float_to_bf16(float(value));
+  } else {
+    static_cast<uint16_t*>(data)[k] = cpu::float_to_half(float(value));
   }
 }
 
@@ -140,14 +150,13 @@ struct Slots {
   }
 };
 
-// The forward gathers from a tile and does little else: two lines a feature once four take more than a quarter of L2
-// (at n = 2048, where four would fit, two are 5 to 20 % faster). The backward spends as much again on each slot's sum,
-// so wide tiles pay even from L3. Both shrink to what T fills. Threads without a tile (or split) of their own share one
-// by blocks of groups, which changes no result.
+// Tiles are four lines a feature, from L3 if need be: the more tokens a gathered row has, the fewer rows. They shrink
+// to what T fills. Threads without a tile (or split) of their own share one by blocks of groups, which changes no
+// result.
 inline cpu::Tiling tiling(Scalar type, int64_t n_in, int64_t n_out, int64_t nnz, int64_t T, bool backward) {
   cpu::Tiling t;
-  if (!backward && n_in * 64 * t.lines > cpu::l2_bytes() / 4) t.lines = 2;
   while (t.lines > 1 && cpu::tile_tokens(type, t.lines / 2) >= T) t.lines /= 2;
+  t.far = n_in * 64 * t.lines > cpu::l2_bytes() / 4;
   const int64_t tokens = cpu::tile_tokens(type, t.lines);
   t.tiles = (T + tokens - 1) / tokens;
   const int64_t room = std::max<int64_t>(kPartialBytes / 4 / (nnz + 1), 1);
@@ -164,18 +173,25 @@ inline void check_features(const Tensor& t, const char* name) {
   check_cpu(t, name);
 }
 
-// to[order[p]] = sum over splits of partial[split][p], in order.
+// to[order[p]] = sum over splits of partial[split][p], in order. A block of sums at a time, so that the partial sums
+// are read row by row.
 template <typename Acc>
 void reduce(const Acc* partial, int64_t splits, const int32_t* order, Tensor& to, const char* name) {
+  constexpr int64_t kBlock = 256;
   const int64_t size = to.numel();
-  const Scalar type = scalar_of(to, name);
   void* data = to.mutable_data_ptr();
-  parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      double sum = 0;
-      for (int64_t s = 0; s < splits; ++s) sum += double(partial[s * size + p]);
-      write(data, type, order == nullptr ? p : order[p], sum);
-    }
+  by_scalar(scalar_of(to, name), [&](auto type) {
+    parallel_for(0, size, kGrain, [&](int64_t begin, int64_t end) {
+      for (int64_t p0 = begin; p0 < end; p0 += kBlock) {
+        const int64_t count = std::min(kBlock, end - p0);
+        double sums[kBlock] = {};
+        for (int64_t s = 0; s < splits; ++s) {
+          const Acc* from = partial + s * size + p0;
+          for (int64_t k = 0; k < count; ++k) sums[k] += double(from[k]);
+        }
+        for (int64_t k = 0; k < count; ++k) write<type.value>(data, order == nullptr ? p0 + k : order[p0 + k], sums[k]);
+      }
+    });
   });
 }
 

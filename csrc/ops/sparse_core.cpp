@@ -35,7 +35,9 @@ struct Parameters {
     const Tensor dense = as_contiguous(v);
     const Scalar type = scalar_of(v, "values");
     const void* data = dense.const_data_ptr();
-    const bool good = slots.narrow() ? fill<uint16_t>(data, type, slots, n_in) : fill<int32_t>(data, type, slots, n_in);
+    const bool good = by_scalar(type, [&](auto t) {
+      return slots.narrow() ? fill<t.value, uint16_t>(data, slots, n_in) : fill<t.value, int32_t>(data, slots, n_in);
+    });
     STD_TORCH_CHECK(good, "indices or perm have entries out of range");
     if (!l.has_value()) return;
     check_cpu(*l, "lam");
@@ -44,12 +46,14 @@ struct Parameters {
     const Tensor diagonal = as_contiguous(*l);
     const Scalar lam_type = scalar_of(*l, "lam");
     lam.resize(slots.groups);
-    for (int64_t i = 0; i < slots.groups; ++i) lam[i] = read<Acc>(diagonal.const_data_ptr(), lam_type, i);
+    by_scalar(lam_type, [&](auto t) {
+      for (int64_t i = 0; i < slots.groups; ++i) lam[i] = read<Acc, t.value>(diagonal.const_data_ptr(), i);
+    });
   }
 
   // values[p] = data[perm[p]]; false when an index of the plan is out of range.
-  template <typename Index>
-  bool fill(const void* data, Scalar type, const Slots& slots, int64_t n_in) {
+  template <Scalar kType, typename Index>
+  bool fill(const void* data, const Slots& slots, int64_t n_in) {
     std::atomic<bool> good{true};
     const int32_t* order = slots.order();
     const Index* index = static_cast<const Index*>(slots.indices.const_data_ptr());
@@ -59,7 +63,7 @@ struct Parameters {
       for (int64_t p = begin; p < end; ++p) {
         const bool inside = uint64_t(int64_t(order[p])) < nnz && uint64_t(int64_t(index[p])) < rows;
         fine &= inside;
-        values[p] = inside ? read<Acc>(data, type, order[p]) : Acc(0);
+        values[p] = inside ? read<Acc, kType>(data, order[p]) : Acc(0);
       }
       if (!fine) good = false;
     });
