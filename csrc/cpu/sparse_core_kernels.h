@@ -17,7 +17,7 @@ static int64_t part(int64_t size, int64_t i, int64_t parts) { return size * i / 
 constexpr int kChains = 8;
 
 // The rows of a packed tile that slots gather. Where they come from L2, or L3, that of a later slot is asked for while
-// others are multiplied: from the near caches of the core that would only be work.
+// others are multiplied: from the near caches of the core, or for one or two of its lines, that would only be work.
 template <typename S, int kChunks, typename Index>
 class Gathered {
   using tile_t = typename S::tile;
@@ -35,14 +35,15 @@ class Gathered {
         indices_(static_cast<const Index*>(a.plan.indices)),
         far_(a.tiling.far) {}
 
-  bool far() const { return far_; }
+  bool far() const { return kChunks * kBytes >= 256 && far_; }
 
   template <bool kAsk>
   [[gnu::always_inline]] const tile_t* row(int64_t slot) const {
     if constexpr (kAsk) {
       const tile_t* later = tile_ + int64_t(indices_[smaller(slot + kSlotsAhead, last_)]) * width_;
 #pragma GCC unroll 16
-      for (int c = 0; c < kChunks; ++c) __builtin_prefetch(later + c * S::kTokens, 0, 3);
+      for (int byte = 0; byte < kChunks * kBytes; byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(later) + byte, 0, 3);
     }
     return tile_ + int64_t(indices_[slot]) * width_;
   }
