@@ -65,7 +65,7 @@ test: setup simt
 	@status=0; \
 	if [ -n "$(TRITON_TESTS)" ]; then \
 	  echo "== Triton kernels in Triton's interpreter"; \
-	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q $(TEST_ARGS) $(TRITON_TESTS) || status=1; \
+	  TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) $(TEST_ARGS) $(TRITON_TESTS) || status=1; \
 	fi; \
 	echo "== all tests"; \
 	$(BIN)/python -m pytest -q -n $(TEST_JOBS) $(TEST_ARGS) tests || status=1; \

@@ -86,6 +86,13 @@ class CMakeBuild(build_ext):
             shutil.copy2(folder / target.name, fresh)
             os.replace(fresh, target)
 
+    def copy_file(self, infile: str, outfile: str, *args: object, **kwargs: object) -> tuple[str, bool]:
+        """setuptools', for a library built in place: replaced, too."""
+        fresh = f"{outfile}.new"
+        copied = super().copy_file(infile, fresh, *args, **kwargs)
+        os.replace(fresh, outfile)
+        return outfile, bool(copied[1])
+
     def run_tool(self, command: list[str]) -> None:
         print("frodkernels:", " ".join(command), flush=True)
         try:

@@ -117,6 +117,8 @@ class SparseDeltaLinear(nn.Module):
             y = base(x)
             return y + sparse_delta(x, self.values, self.pattern, scale=self.scale).to(y.dtype)
         if not self.training and may_cache(x, self.values):
+            if x.shape[-1:] != (self.pattern.shape[1],):
+                raise ValueError(f"x must be [..., {self.pattern.shape[1]}], got {list(x.shape)}")
             dtype = autocast_dtype(x) or x.dtype
             constants = (self.pattern, self.scale)
             weight = self._cache.get(

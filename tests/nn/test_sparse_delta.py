@@ -260,5 +260,12 @@ def test_bad_arguments_are_named(arguments, name):
         SparseDeltaLinear.from_linear(torch.nn.ReLU())
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_a_misshapen_x_is_named(train):
+    layer = make().train(train)
+    with torch.no_grad(), pytest.raises(ValueError, match=rf"^x must be \[\.\.\., {N}\]"):
+        layer(torch.randn(3, N + 1))
+
+
 def test_repr():
     assert "nnz=64, density=0.267, scale=1.0, merged=False" in repr(make())
