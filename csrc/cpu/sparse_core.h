@@ -46,7 +46,7 @@ struct Tiling {
   int64_t tiles = 0;   // over the tokens
   int64_t splits = 0;  // backward: groups of consecutive tiles, each with its own partial sums
   int64_t blocks = 1;  // of groups, for more threads than tiles
-  bool far = false;    // a packed tile is more than the near caches hold
+  bool far = false;    // gathered rows are worth asking for ahead: they are few, of more than the near caches hold
 };
 
 struct Product {

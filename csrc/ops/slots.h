@@ -151,12 +151,12 @@ struct Slots {
 };
 
 // Tiles are four lines a feature, from L3 if need be: the more tokens a gathered row has, the fewer rows. They shrink
-// to what T fills. Threads without a tile (or split) of their own share one by blocks of groups, which changes no
-// result.
+// to what T fills. In a dense pattern gathered rows are neighbours, and the hardware asks for them by itself. Threads
+// without a tile (or split) of their own share one by blocks of groups, which changes no result.
 inline cpu::Tiling tiling(Scalar type, int64_t n_in, int64_t n_out, int64_t nnz, int64_t T, bool backward) {
   cpu::Tiling t;
   while (t.lines > 1 && cpu::tile_tokens(type, t.lines / 2) >= T) t.lines /= 2;
-  t.far = n_in * 64 * t.lines > cpu::l2_bytes() / 4;
+  t.far = n_in * 64 * t.lines > cpu::l2_bytes() / 4 && nnz < n_in * n_out / 5;
   const int64_t tokens = cpu::tile_tokens(type, t.lines);
   t.tiles = (T + tokens - 1) / tokens;
   const int64_t room = std::max<int64_t>(kPartialBytes / 4 / (nnz + 1), 1);
