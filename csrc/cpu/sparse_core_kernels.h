@@ -35,7 +35,14 @@ class Gathered {
         indices_(static_cast<const Index*>(a.plan.indices)),
         far_(a.tiling.far) {}
 
-  bool far() const { return kChunks * kBytes >= 256 && far_; }
+  // f(whether to ask, at compile time): one loop over slots or the other.
+  template <typename F>
+  [[gnu::always_inline]] void choose(F f) const {
+    if constexpr (kChunks * kBytes >= 256) {
+      if (far_) return f(std::true_type{});
+    }
+    f(std::false_type{});
+  }
 
   template <bool kAsk>
   [[gnu::always_inline]] const tile_t* row(int64_t slot) const {
@@ -110,11 +117,7 @@ static void forward_groups(const Product& a, const typename S::tile* tile, int64
 #pragma GCC unroll 16
       for (int k = 0; k < kAcc; ++k) acc[k] = Vec{};
     }
-    if (rows.far()) {
-      gather<true>(rows, values, a.plan.indptr[g], a.plan.indptr[g + 1], acc);
-    } else {
-      gather<false>(rows, values, a.plan.indptr[g], a.plan.indptr[g + 1], acc);
-    }
+    rows.choose([&](auto ask) { gather<ask.value>(rows, values, a.plan.indptr[g], a.plan.indptr[g + 1], acc); });
     out.write(acc, g);
   }
   out.flush();
@@ -237,19 +240,21 @@ static void backward_groups(const Product& a, const typename S::tile* u, const t
       for (int k = 0; k < kAcc; ++k) acc[k] = lam != nullptr ? own[k] * lam[g] : Vec{};
     }
     ahead.step();
-    const int32_t end = a.plan.indptr[g + 1];
-    for (int32_t p = a.plan.indptr[g]; p < end; ++p) {
-      const typename S::tile* row = rows.far() ? rows.template row<true>(p) : rows.template row<false>(p);
-      Vec x[kAcc];
+    rows.choose([&](auto ask) {
+      const int32_t end = a.plan.indptr[g + 1];
+      for (int32_t p = a.plan.indptr[g]; p < end; ++p) {
+        const typename S::tile* row = rows.template row<ask.value>(p);
+        Vec x[kAcc];
 #pragma GCC unroll 16
-      for (int c = 0; c < kChunks; ++c) S::unpack(row + c * S::kTokens, x + c * S::kVecs);
-      if constexpr (kWantDz) {
-        const acc_t value = values[p];
+        for (int c = 0; c < kChunks; ++c) S::unpack(row + c * S::kTokens, x + c * S::kVecs);
+        if constexpr (kWantDz) {
+          const acc_t value = values[p];
 #pragma GCC unroll 16
-        for (int k = 0; k < kAcc; ++k) acc[k] += value * x[k];
+          for (int k = 0; k < kAcc; ++k) acc[k] += value * x[k];
+        }
+        if constexpr (kWantValues) by_slot.add(zg.dot(row, x));
       }
-      if constexpr (kWantValues) by_slot.add(zg.dot(row, x));
-    }
+    });
     if constexpr (kWantDz) out.write(acc, g);
   }
   if constexpr (kWantDz) out.flush();
