@@ -18,24 +18,22 @@ from frodkernels.pattern import SparsePattern
 from frodkernels.peft.frod_basis import Bases, Origin, judge, origin_of
 from frodkernels.peft.frod_plan import plan_adapter
 from frodkernels.peft.plan import Plan
+from frodkernels.peft.planned import PlannedLayer, PlannedSlot
 
 logger = logging.getLogger("frodkernels")
 
 
-class Slot:
+class Slot(PlannedSlot):
     """All that a fast layer remembers beyond PEFT's state; never copied, pickled or saved.
 
-    name     the layer's path when it was swapped, for messages.
     budget   what the caches of the model may hold together; None: nothing, until accelerate() says how much.
-    plans    adapter -> the checked pattern.
     caches   adapter -> the dense weight in evaluation.
     origins  adapter -> the V that U was made from.
     """
 
     def __init__(self, budget: CacheBudget | None = None, name: str = "") -> None:
-        self.name = name
+        super().__init__(name)
         self.budget = budget
-        self.plans: dict[str, Plan] = {}
         self.caches: dict[str, EvalCache] = {}
         self.origins: dict[str, Origin] = {}
 
@@ -45,9 +43,7 @@ class Slot:
         self.caches.clear()
 
     def forget_all_but(self, adapters: set[str]) -> None:
-        """After adapters went away: nothing of theirs may serve a namesake."""
-        self.drop_weights()
-        self.plans = {k: v for k, v in self.plans.items() if k in adapters}
+        super().forget_all_but(adapters)
         self.origins = {k: v for k, v in self.origins.items() if k in adapters}
 
 
@@ -61,7 +57,7 @@ def _plain(base: nn.Module) -> bool:
     return type(base) in (nn.Linear, Conv1D) and not watched and "forward" not in base.__dict__
 
 
-class FastFrodLinear(PeftFrodLinear):
+class FastFrodLinear(PlannedLayer, PeftFrodLinear):
     """PEFT's ``frod.Linear`` on this package's kernels.
 
     Set as ``layer.__class__``: it has no ``__init__``, parameters, buffers or submodules of its own, so state-dict
@@ -70,14 +66,17 @@ class FastFrodLinear(PeftFrodLinear):
     through :func:`frodkernels.frod_linear`.
     """
 
-    _fast: Slot | None = None  # the instance's slot lives in its __dict__, unregistered
+    def _new_slot(self) -> Slot:
+        return Slot()
 
-    def _slot(self) -> Slot:
-        slot = self._fast
-        if slot is None:  # a deep copy, or fresh out of a file: cached weights only when accelerate() says so
-            slot = Slot()
-            object.__setattr__(self, "_fast", slot)
-        return slot
+    def _trained(self) -> nn.ParameterDict:
+        return self.frod_lambda_l
+
+    def _indices(self, adapter: str) -> Tensor:
+        return self.frod_s_indices[adapter]
+
+    def _plan(self, adapter: str, name: str, earlier: Plan | None) -> Plan:
+        return plan_adapter(self, adapter, name, earlier)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -171,23 +170,12 @@ class FastFrodLinear(PeftFrodLinear):
     # -- plans --------------------------------------------------------------------------------------------------
 
     def _pattern(self, adapter: str) -> SparsePattern:
-        slot = self._fast
-        plan = None if slot is None else slot.plans.get(adapter)
-        if torch.compiler.is_compiling():  # no identity checks in a graph: PEFT's buffers do not change under one
-            return plan.pattern if plan is not None else _plan_eagerly(self, adapter).pattern
-        if plan is None or not plan.current(self.frod_s_indices[adapter]):
-            plan = self._replan(adapter)
-        origin = None if slot is None else slot.origins.get(adapter)
-        if origin is not None and not origin.at_rest(self.frod_V[adapter]):
-            self._rejudge(adapter, origin)
-        return plan.pattern
-
-    def _replan(self, adapter: str) -> Plan:
-        """Plan again: first use after a copy or a move, or somebody loaded another pattern behind our back."""
-        slot = self._slot()
-        plan = plan_adapter(self, adapter, slot.name or self._get_name(), slot.plans.get(adapter))
-        slot.plans[adapter] = plan
-        return plan
+        pattern = super()._pattern(adapter)
+        if not torch.compiler.is_compiling() and self._fast is not None:
+            origin = self._fast.origins.get(adapter)
+            if origin is not None and not origin.at_rest(self.frod_V[adapter]):
+                self._rejudge(adapter, origin)
+        return pattern
 
     def _rejudge(self, adapter: str, known: Origin) -> None:
         """V is not what U was made from, as far as identity and version tell: moved, cast, or overwritten."""
@@ -207,19 +195,6 @@ class FastFrodLinear(PeftFrodLinear):
 
     # -- everything that makes a remembered weight wrong, or useless ---------------------------------------------
 
-    def _drop_weights(self) -> None:
-        if self._fast is not None:
-            self._fast.drop_weights()
-
-    def _forget_strangers(self) -> None:
-        if self._fast is not None:
-            self._fast.forget_all_but(set(self.frod_lambda_l))
-
-    def train(self, mode: bool = True) -> FastFrodLinear:
-        if mode:
-            self._drop_weights()
-        return super().train(mode)
-
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._drop_weights()
         super().set_adapter(*args, **kwargs)
@@ -227,10 +202,6 @@ class FastFrodLinear(PeftFrodLinear):
     def enable_adapters(self, enabled: bool) -> None:
         self._drop_weights()
         super().enable_adapters(enabled)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._forget_strangers()
 
     def update_layer(
         self, adapter_name: str, frod_V: Any, frod_s_indices: Any, frod_s_size: Any, **kwargs: Any
@@ -260,37 +231,3 @@ class FastFrodLinear(PeftFrodLinear):
         """PEFT's own arithmetic, so that a merged weight has the same bits; the pattern is checked before."""
         self._pattern(adapter)
         return super().get_delta_weight(adapter)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> FastFrodLinear:
-        self._drop_weights()
-        super()._apply(*args, **kwargs)
-        if self._fast is not None:  # so that a graph compiled after the move finds its pattern in place
-            for adapter, plan in self._fast.plans.items():
-                device = self.frod_lambda_l[adapter].device
-                if device != plan.pattern.device and device.type != "meta":
-                    self._fast.plans[adapter] = plan.moved(device)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._drop_weights()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    # -- copies -------------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        inherited = getattr(super(), "__getstate__", None)
-        state = dict(inherited() if inherited is not None else self.__dict__)
-        state.pop("_fast", None)
-        return state
-
-    def _replicate_for_data_parallel(self) -> FastFrodLinear:
-        replica = super()._replicate_for_data_parallel()
-        slot = Slot()  # a replica lives for one forward, on another device
-        slot.plans = dict(self._slot().plans)
-        object.__setattr__(replica, "_fast", slot)
-        return replica
-
-
-@torch.compiler.disable
-def _plan_eagerly(layer: FastFrodLinear, adapter: str) -> Plan:
-    return layer._replan(adapter)

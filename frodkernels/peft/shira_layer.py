@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.shira.layer import Linear as PeftShiraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
-from torch import Tensor
+from torch import Tensor, nn
 
 from frodkernels.functional._common import autocast_dtype
 from frodkernels.functional.sampled import scatter_values_
@@ -20,6 +20,7 @@ from frodkernels.nn.eval_cache import EvalCache, may_cache
 from frodkernels.pattern import SparsePattern
 from frodkernels.peft.base_layer import plain_base
 from frodkernels.peft.plan import Plan
+from frodkernels.peft.planned import PlannedLayer, PlannedSlot
 from frodkernels.peft.shira_merge import Merged, add, in_place, put_back, read
 from frodkernels.peft.shira_plan import plan_adapter
 
@@ -28,21 +29,22 @@ logger = logging.getLogger("frodkernels")
 _Entries = tuple[Tensor, SparsePattern, float]  # the values of an adapter, where they belong, what they are scaled by
 
 
-class Slot:
-    """What a fast layer can make again: its checked patterns and, in evaluation, a weight. Never copied or pickled.
+class Slot(PlannedSlot):
+    """What a fast layer can make again: its checked patterns and, in evaluation, a weight.
 
-    name     the layer's path when it was swapped, for messages.
-    plans    adapter -> the checked pattern.
     cache    W and the active adapters' entries in one matrix; None: none, until accelerate() says how much it may hold.
     """
 
     def __init__(self, name: str = "") -> None:
-        self.name = name
-        self.plans: dict[str, Plan] = {}
+        super().__init__(name)
         self.cache: EvalCache | None = None
 
+    def drop_weights(self) -> None:
+        if self.cache is not None:
+            self.cache.drop()
 
-class FastShiraLinear(PeftShiraLinear):
+
+class FastShiraLinear(PlannedLayer, PeftShiraLinear):
     """PEFT's ``shira.Linear`` on :func:`frodkernels.sparse_delta_linear`.
 
     Set as ``layer.__class__``: it has no ``__init__``, parameters, buffers or submodules of its own, so state-dict
@@ -50,15 +52,19 @@ class FastShiraLinear(PeftShiraLinear):
     ``torch.nn.Linear``, or that has hooks, is called, and the sparse products are added.
     """
 
-    _fast: Slot | None = None  # the instance's own live in its __dict__, unregistered
     _merged_from: tuple[Merged, ...] = ()  # unlike the slot it is copied, pickled and moved with the layer
 
-    def _slot(self) -> Slot:
-        slot = self._fast
-        if slot is None:  # a deep copy, or fresh out of a file: cached weights only when accelerate() says so
-            slot = Slot()
-            object.__setattr__(self, "_fast", slot)
-        return slot
+    def _new_slot(self) -> Slot:
+        return Slot()
+
+    def _trained(self) -> nn.ParameterDict:
+        return self.shira_weight
+
+    def _indices(self, adapter: str) -> Tensor | None:
+        return self.shira_indices.get(adapter)
+
+    def _plan(self, adapter: str, name: str, earlier: Plan | None) -> Plan:
+        return plan_adapter(self, adapter, name, earlier)
 
     # -- forward ------------------------------------------------------------------------------------------------
 
@@ -105,24 +111,6 @@ class FastShiraLinear(PeftShiraLinear):
 
         constants = tuple(constant for _, pattern, scale in adapters for constant in (pattern, scale))
         return slot.cache.get(parameters, (weight,), constants, build, dtype=autocast_dtype(x) or x.dtype)
-
-    # -- plans --------------------------------------------------------------------------------------------------
-
-    def _pattern(self, adapter: str) -> SparsePattern:
-        slot = self._fast
-        plan = None if slot is None else slot.plans.get(adapter)
-        if torch.compiler.is_compiling():  # no identity checks in a graph: PEFT's indices do not change under one
-            return plan.pattern if plan is not None else _plan_eagerly(self, adapter).pattern
-        if plan is None or not plan.current(self.shira_indices.get(adapter)):
-            plan = self._replan(adapter)
-        return plan.pattern
-
-    def _replan(self, adapter: str) -> Plan:
-        """Plan again: first use after a copy or a move, a new adapter, or somebody replaced the indices."""
-        slot = self._slot()
-        plan = plan_adapter(self, adapter, slot.name or self._get_name(), slot.plans.get(adapter))
-        slot.plans[adapter] = plan
-        return plan
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """PEFT's sparse tensor; the indices are checked before."""
@@ -230,60 +218,9 @@ class FastShiraLinear(PeftShiraLinear):
         self._keep(())
         self.__dict__.pop("_fast", None)
 
-    # -- everything that makes what is remembered wrong, or useless ------------------------------------------------
-
-    def _drop_weights(self) -> None:
-        if self._fast is not None and self._fast.cache is not None:
-            self._fast.cache.drop()
-
-    def _forget_strangers(self) -> None:
-        """After adapters went away: nothing of theirs may serve a namesake."""
-        self._drop_weights()
-        if self._fast is not None:
-            self._fast.plans = {k: v for k, v in self._fast.plans.items() if k in self.shira_weight}
-
-    def train(self, mode: bool = True) -> FastShiraLinear:
-        if mode:
-            self._drop_weights()
-        return super().train(mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self._forget_strangers()
-
     def _apply(self, fn: Any, recurse: bool = True) -> FastShiraLinear:
-        self._drop_weights()
         super()._apply(fn, recurse)
         if self._merged_from:
             moved = [merged.moved(fn) for merged in self._merged_from]
             self._keep(tuple(merged for merged in moved if merged is not None))
-        if self._fast is not None:  # so that a graph compiled after the move finds its pattern in place
-            for adapter, plan in self._fast.plans.items():
-                device = self.shira_weight[adapter].device
-                if device != plan.pattern.device and device.type != "meta":
-                    self._fast.plans[adapter] = plan.moved(device)
         return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._drop_weights()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    # -- copies -------------------------------------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        inherited = getattr(super(), "__getstate__", None)
-        state = dict(inherited() if inherited is not None else self.__dict__)
-        state.pop("_fast", None)
-        return state
-
-    def _replicate_for_data_parallel(self) -> FastShiraLinear:
-        replica = super()._replicate_for_data_parallel()
-        slot = Slot()  # a replica lives for one forward, on another device
-        slot.plans = dict(self._slot().plans)
-        object.__setattr__(replica, "_fast", slot)
-        return replica
-
-
-@torch.compiler.disable
-def _plan_eagerly(layer: FastShiraLinear, adapter: str) -> Plan:
-    return layer._replan(adapter)
