@@ -89,6 +89,7 @@ class CMakeBuild(build_ext):
     def copy_file(self, infile: str, outfile: str, *args: object, **kwargs: object) -> tuple[str, bool]:
         """setuptools', for a library built in place: replaced, too."""
         fresh = f"{outfile}.new"
+        Path(fresh).unlink(missing_ok=True)  # of a build that was killed: it would pass for the newer file
         copied = super().copy_file(infile, fresh, *args, **kwargs)
         os.replace(fresh, outfile)
         return outfile, bool(copied[1])

@@ -64,11 +64,15 @@ inline void pack_tile(const Features& x, int64_t rows, int64_t t0, int64_t count
         typename S::tile* block = to + f * width;
         // Rows far apart defeat the prefetchers of the hardware: features further on are asked for here.
         const bool ask = f % kLine == 0 && f + kAhead < rows;
+        const auto ask_for = [&](int64_t begin, int64_t end) {
+          if (!ask) return;
+          for (int64_t t = begin; t < end; ++t) __builtin_prefetch(data + f + kAhead + t * x.token, 0, 2);
+        };
         for (int64_t t = 0; t < whole; t += S::kTokens) {
           pack_block<S>(data + f + t * x.token, x.token, width, block + t);
-          if (ask)
-            for (int64_t k = t; k < t + S::kTokens; ++k) __builtin_prefetch(data + f + kAhead + k * x.token, 0, 2);
+          ask_for(t, t + S::kTokens);
         }
+        ask_for(whole, count);
         for (int l = 0; l < S::kTokens; ++l) {
           int64_t t = whole;
           for (; t < count; ++t) block[l * width + t] = to_tile<S>(data[f + l + t * x.token]);

@@ -136,7 +136,7 @@ class FrodLinear(nn.Module):
         return merged
 
     def invalidate(self) -> None:
-        """Forget the evaluation cache: call it after writing a CUDA parameter through ``.data``."""
+        """Forget the evaluation cache: after a CUDA parameter, or U or V, was written through ``.data``."""
         self._cache.drop()
 
     def train(self, mode: bool = True) -> FrodLinear:

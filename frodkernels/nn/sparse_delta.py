@@ -184,7 +184,7 @@ class SparseDeltaLinear(nn.Module):
         return self
 
     def invalidate(self) -> None:
-        """Forget the evaluation cache: call it after writing a CUDA parameter through ``.data``."""
+        """Forget the evaluation cache: after a CUDA parameter, or the base weight, was written through ``.data``."""
         self._cache.drop()
 
     def train(self, mode: bool = True) -> SparseDeltaLinear:

@@ -2,6 +2,7 @@
 """What a build asks for and what it says when it cannot: torch, a compiler, neither."""
 
 import os
+import runpy
 import sys
 import zipfile
 from pathlib import Path
@@ -102,3 +103,24 @@ def test_without_native_code_the_wheel_is_pure(root, command, tmp_path):
 def test_the_editable_install_maps_triton_kernels(root, command, tmp_path):
     code = "import frodkernels.triton_kernels as t; print(t.__path__[0])"
     assert command([sys.executable, "-c", code], cwd=tmp_path).stdout.strip() == str(root / "triton_kernels")
+
+
+def test_a_library_built_in_place_is_replaced_not_written_over(root, monkeypatch, tmp_path):
+    """A process that has it mapped keeps it; what a killed build left does not pass for the new one."""
+    from setuptools import Distribution
+
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    monkeypatch.syspath_prepend(str(root))
+    command = runpy.run_path("setup.py", run_name="not run")["CMakeBuild"](Distribution())
+    command.force = False
+    built, library = tmp_path / "built.so", tmp_path / "library.so"
+    built.write_text("good")
+    os.utime(built, (1, 1))
+    library.write_text("old")
+    (tmp_path / "library.so.new").write_text("half")
+    with library.open() as mapped:
+        command.copy_file(str(built), str(library))
+        assert mapped.read() == "old"
+    assert library.read_text() == "good"
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["built.so", "library.so"]
