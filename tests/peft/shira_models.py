@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 
 import torch
@@ -11,6 +12,7 @@ from peft import PeftModel, ShiraConfig, get_peft_model
 from peft.tuners.shira.layer import ShiraLayer
 from torch import Tensor, nn
 
+from frodkernels.peft.shira_layer import FastShiraLinear, PeftShiraLinear
 from tests.peft.models import Tiny
 
 
@@ -62,3 +64,20 @@ def base_weights(model: nn.Module) -> list[Tensor]:
 def set_scale(model: nn.Module, adapter: str, scale: float) -> None:
     for layer in layers(model):
         layer.set_scale(adapter, scale)
+
+
+def fast(model):
+    return {type(layer) for layer in layers(model)} == {FastShiraLinear}
+
+
+def plain(model):
+    return {type(layer) for layer in layers(model)} == {PeftShiraLinear}
+
+
+def saved(path, model=None, **kwargs):
+    """A plain model, saved. Its seed is not the config's default: what a loader draws is not what the file holds."""
+    model = shira(model, **{"random_seed": 11, **kwargs})
+    model.save_pretrained(path)
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "random_seed": 12}))
+    return model.eval()
