@@ -77,6 +77,16 @@ def test_two_layouts_at_once(isa):
             check(case)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["feature_major", "token_major"])
+def test_tiles_beyond_the_near_caches(isa, layout, dtype):
+    """Rows are asked for before their slots come, over the ends of groups and up to that of the pattern."""
+    for m, n in ((30, 4000), (4000, 30)):
+        case = make_case(m, n, 150, "random", dtype, dtype, lam=False)
+        assert case.rows.numel() < m * n / 5
+        check(case.laid_out(layout), token_major=layout == "token_major")
+
+
 @pytest.mark.parametrize("m, n", [(0, 0), (0, 5), (5, 0)])
 def test_empty_matrices(isa, m, n):
     case = make_case(m, n, 7)
