@@ -2,7 +2,6 @@
 """What a build asks for and what it says when it cannot: torch, a compiler, neither."""
 
 import os
-import runpy
 import sys
 import zipfile
 from pathlib import Path
@@ -105,22 +104,26 @@ def test_the_editable_install_maps_triton_kernels(root, command, tmp_path):
     assert command([sys.executable, "-c", code], cwd=tmp_path).stdout.strip() == str(root / "triton_kernels")
 
 
-def test_a_library_built_in_place_is_replaced_not_written_over(root, monkeypatch, tmp_path):
-    """A process that has it mapped keeps it; what a killed build left does not pass for the new one."""
-    from setuptools import Distribution
+COPY = """
+import runpy, sys
+from setuptools import Distribution
+sys.argv = ["setup.py", "--version"]
+command = runpy.run_path("setup.py", run_name="not run")["CMakeBuild"](Distribution())
+command.force = False
+command.copy_file({!r}, {!r})
+"""
 
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
-    monkeypatch.syspath_prepend(str(root))
-    command = runpy.run_path("setup.py", run_name="not run")["CMakeBuild"](Distribution())
-    command.force = False
+
+def test_a_library_built_in_place_is_replaced_not_written_over(root, command, tmp_path):
+    """A process that has it mapped keeps it; what a killed build left does not pass for the new one."""
     built, library = tmp_path / "built.so", tmp_path / "library.so"
     built.write_text("good")
     os.utime(built, (1, 1))
     library.write_text("old")
     (tmp_path / "library.so.new").write_text("half")
     with library.open() as mapped:
-        command.copy_file(str(built), str(library))
+        # setuptools sets up logging for all of its process
+        command([sys.executable, "-c", COPY.format(str(built), str(library))], cwd=root)
         assert mapped.read() == "old"
     assert library.read_text() == "good"
     assert sorted(file.name for file in tmp_path.iterdir()) == ["built.so", "library.so"]
